@@ -1,0 +1,39 @@
+"""asge-zoo: convolutional networks trained without backpropagation, from a JSON spec.
+
+Public names are imported on first use, so that `import asge_zoo` does not load torch.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from asge_zoo.compiler.build import compile_spec
+    from asge_zoo.engine.checkpoint import load
+    from asge_zoo.engine.train import RunResult, train
+    from asge_zoo.graph.local_graph import LocalGraph, StepResult
+    from asge_zoo.spec import Spec, load_spec
+
+_HOMES = {
+    "LocalGraph": "asge_zoo.graph.local_graph",
+    "RunResult": "asge_zoo.engine.train",
+    "Spec": "asge_zoo.spec",
+    "StepResult": "asge_zoo.graph.local_graph",
+    "compile_spec": "asge_zoo.compiler.build",
+    "load": "asge_zoo.engine.checkpoint",
+    "load_spec": "asge_zoo.spec",
+    "train": "asge_zoo.engine.train",
+}
+
+__all__ = ["LocalGraph", "RunResult", "Spec", "StepResult", "compile_spec", "load", "load_spec", "train"]
+
+try:
+    __version__ = version("asge-zoo")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'asge_zoo' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)

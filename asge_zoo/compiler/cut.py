@@ -1,0 +1,178 @@
+"""Cutting a traced backbone into units, one convolution each.
+
+A unit opens at a convolution that depends on the open unit's convolution; one that does not (a
+shortcut's projection) is parallel and joins it. Behind a `Transfer`, where the unit's goodness has
+been read, parameters belong to the next unit. All else belongs to the unit before it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from asge_zoo.compiler.trace import ShapeRecorder, is_convolution, record_shapes, trace
+from asge_zoo.errors import SpecError
+from asge_zoo.graph.local_graph import INPUT
+from asge_zoo.graph.unit import Ref, Step
+from asge_zoo.ops.transfer import Transfer
+
+PREFIX = "backbone."
+
+
+@dataclass
+class Segment:
+    """A unit in the making: its nodes, and what depends on its convolution."""
+
+    nodes: list[fx.Node] = field(default_factory=list)
+    name: str | None = None
+    dependent: set[fx.Node] = field(default_factory=set)
+    transferred: bool = False
+
+
+@dataclass(frozen=True)
+class CutUnit:
+    """One unit as the cut alone knows it; see `Unit` for what the fields mean."""
+
+    name: str
+    steps: tuple[Step, ...]
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    macs: int
+    activation: str
+    activation_shape: tuple[int, ...]
+    output: str
+    output_shape: tuple[int, ...]
+    input_numel: int
+    keeps: tuple[str, ...]
+
+
+def cut(backbone: nn.Module, image_shape: tuple[int, int, int]) -> list[CutUnit]:
+    """Cut a backbone into units.
+
+    Args:
+        backbone: from images (B, C, H, W) to a feature map.
+        image_shape: (C, H, W) of an image.
+
+    Raises:
+        SpecError: it can't be traced, does not take such images, or holds no convolution.
+    """
+    graph = trace(backbone)
+    modules = dict(backbone.named_modules())
+    segments = _segments(graph, modules)
+    if not segments or segments[-1].name is None:
+        raise SpecError("backbone: holds no convolution, so there is nothing to cut into units")
+    shapes = record_shapes(backbone, graph, image_shape)
+    owner = {node: index for index, segment in enumerate(segments) for node in segment.nodes}
+    return [_unit(index, segment, owner, modules, shapes) for index, segment in enumerate(segments)]
+
+
+def _segments(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[Segment]:
+    segments: list[Segment] = []
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        if not segments:
+            segments.append(Segment())
+        module = modules[str(node.target)] if node.op == "call_module" else None
+        depends = any(source in segments[-1].dependent for source in node.all_input_nodes)
+        learns = module is not None and any(True for _ in module.parameters())
+        if depends and (is_convolution(module) or (segments[-1].transferred and learns)):
+            segments.append(Segment())
+            depends = False
+        current = segments[-1]
+        current.nodes.append(node)
+        if is_convolution(module) and current.name is None:
+            current.name = str(node.target)
+        if depends or is_convolution(module):
+            current.dependent.add(node)
+        if depends and isinstance(module, Transfer):
+            current.transferred = True
+    return segments
+
+
+def _unit(
+    index: int,
+    segment: Segment,
+    owner: dict[fx.Node, int],
+    modules: dict[str, nn.Module],
+    shapes: ShapeRecorder,
+) -> CutUnit:
+    own = set(segment.nodes)
+    crossing = [
+        node
+        for node, home in owner.items()
+        if home <= index and any(owner.get(user, len(owner)) > index for user in node.users)
+    ]
+    images = [
+        source
+        for node in owner
+        for source in node.all_input_nodes
+        if source.op == "placeholder" and owner[node] > index
+    ]
+    entering = {source for node in segment.nodes for source in node.all_input_nodes if source not in own}
+    output = segment.nodes[-1]
+    activation = _activation(segment, modules)
+    steps = tuple(_step(node, modules) for node in segment.nodes)
+    called = [
+        (f"{node.target}.{name}", tensor)
+        for node in segment.nodes
+        if node.op == "call_module"
+        for name, tensor in modules[str(node.target)].named_parameters()
+    ]
+    buffers = [
+        f"{PREFIX}{node.target}.{name}"
+        for node in segment.nodes
+        if node.op == "call_module"
+        for name, _ in modules[str(node.target)].named_buffers()
+    ]
+    assert segment.name is not None
+    return CutUnit(
+        name=segment.name,
+        steps=steps,
+        parameters=tuple(PREFIX + name for name, tensor in called if tensor.requires_grad),
+        buffers=tuple(buffers),
+        macs=sum(shapes.macs.get(node.name, 0) for node in segment.nodes),
+        activation=activation.name,
+        activation_shape=shapes.shapes[activation.name][1:],
+        output=output.name,
+        output_shape=shapes.shapes[output.name][1:],
+        input_numel=sum(_numel(shapes.shapes[source.name]) for source in entering),
+        keeps=tuple(dict.fromkeys([*(_value_name(node) for node in crossing), *(_value_name(node) for node in images)])),
+    )
+
+
+def _activation(segment: Segment, modules: dict[str, nn.Module]) -> fx.Node:
+    """What goodness reads: what enters the unit's transfer, or else what leaves the unit last."""
+    for node in segment.nodes:
+        if node.op == "call_module" and isinstance(modules[str(node.target)], Transfer):
+            return node.all_input_nodes[0]
+    return segment.nodes[-1]
+
+
+def _step(node: fx.Node, modules: dict[str, nn.Module]) -> Step:
+    def reference(argument: Any) -> Any:
+        return fx.node.map_arg(argument, lambda source: Ref(_value_name(source)))
+
+    args, kwargs = reference(node.args), reference(node.kwargs)
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        tensors = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+        names = tuple((name, f"{PREFIX}{node.target}.{name}") for name in tensors)
+        return Step(node.name, module, tuple(args), dict(kwargs), names)
+    if node.op == "call_method":
+        method = str(node.target)
+        return Step(node.name, lambda self, *a, **k: getattr(self, method)(*a, **k), tuple(args), dict(kwargs))
+    if node.op == "call_function" and callable(node.target):
+        return Step(node.name, node.target, tuple(args), dict(kwargs))
+    raise SpecError(f"backbone: uses '{node.target}' outside a module, which can't belong to a unit")
+
+
+def _value_name(node: fx.Node) -> str:
+    return INPUT if node.op == "placeholder" else node.name
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape[1:]:
+        total *= size
+    return total

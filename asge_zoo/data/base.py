@@ -1,0 +1,150 @@
+"""The contract of a dataset, and the batches that training and evaluation draw from it."""
+
+import os
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from asge_zoo.errors import DataError, SpecError
+from asge_zoo.registry import Component, Options
+
+
+class Augment(Options):
+    """Random changes to training images."""
+
+    crop_padding: NonNegativeInt = Field(default=0, description="Zero padding, in pixels, before a random crop.")
+    flip: bool = Field(default=False, description="Horizontal flip, half of the time.")
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What is known of a dataset without reading it.
+
+    Attributes:
+        classes: names, in the order of the labels.
+        channels, height, width: of an image as the network gets it.
+        train_count, test_count: images; validation images are among the first.
+        mean, std: per channel, of pixel values in 0 to 1.
+    """
+
+    classes: tuple[str, ...]
+    channels: int
+    height: int
+    width: int
+    train_count: int
+    test_count: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images (n, C, H, W), uint8, and labels (n,), int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Tensor) -> "Images":
+        """The images at `indices` (m,), in that order."""
+        return Images(self.images[indices], self.labels[indices])
+
+    def to(self, device: torch.device) -> "Images":
+        """The same images on a device."""
+        return Images(self.images.to(device), self.labels.to(device))
+
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Loader(Protocol):
+    """Batches of a split: images (B, C, H, W), float32, normalised, and labels (B,), on the device."""
+
+    @property
+    def batch_size(self) -> int:
+        """Images in a training batch."""
+        ...
+
+    def steps(self) -> int:
+        """Full training batches in an epoch; the images left over differ from epoch to epoch."""
+        ...
+
+    def train_batches(self, epoch: int) -> Iterator[Batch]:
+        """An epoch's training batches: a function of (seed, epoch) alone, augmented by (seed, epoch, step)."""
+        ...
+
+    def split_batches(self, split: str) -> Iterator[Batch]:
+        """All images of `validation` or `test`, in order, not augmented; the last batch may be smaller."""
+        ...
+
+    def split_count(self, split: str) -> int:
+        """Images in `validation` or `test`."""
+        ...
+
+
+class Dataset(Component):
+    """Contract of a dataset: what it is, and how it is read."""
+
+    group: ClassVar[str] = "dataset"
+
+    validation: PositiveInt = Field(
+        default=5000, description="Training images held out for selection; the test images never select anything."
+    )
+    batch_size: PositiveInt = 128
+    augment: Augment = Augment()
+
+    @abstractmethod
+    def info(self) -> DatasetInfo:
+        """What the dataset holds, without reading it."""
+
+    @abstractmethod
+    def loader(self, root: Path, *, seed: int, device: torch.device) -> Loader:
+        """Read the dataset from under `root` and split it by `seed`.
+
+        Raises:
+            DataError: it is missing and can't be downloaded, or it can't be read.
+        """
+
+    @abstractmethod
+    def found(self, root: Path) -> str | None:
+        """Where under `root` the dataset lies, or None; reads no images."""
+
+    def check(self) -> None:
+        """Refuse sizes that leave nothing to train on.
+
+        Raises:
+            SpecError: with the field to change.
+        """
+        info = self.info()
+        left = info.train_count - self.validation
+        if left < 1:
+            raise SpecError(
+                f"data.validation: {self.validation} of {info.train_count} training images leave none to train on; "
+                f"lower it"
+            )
+        if self.batch_size > left:
+            raise SpecError(
+                f"data.batch_size: {self.batch_size} is more than the {left} training images that {self.kind} has "
+                f"beside {self.validation} for validation; lower it"
+            )
+
+
+def data_root(given: str | Path | None = None) -> Path:
+    """Where datasets lie: `given`, else $ASGE_ZOO_DATA, else the user's cache.
+
+    Raises:
+        DataError: the place exists and is no directory.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "asge-zoo" / "data"
+    root = Path(given or os.environ.get("ASGE_ZOO_DATA") or cache).expanduser()
+    if root.exists() and not root.is_dir():
+        raise DataError(f"data root {root} is not a directory; give another with --data-root or ASGE_ZOO_DATA")
+    return root

@@ -1,0 +1,112 @@
+"""Small datasets: the whole set as one uint8 tensor on the device."""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from asge_zoo.data.augment import augment_batch
+from asge_zoo.data.base import Augment, Batch, Dataset, DatasetInfo, Images, Loader
+from asge_zoo.errors import DataError
+from asge_zoo.random import keyed_generator
+
+
+class MemoryDataset(Dataset):
+    """A dataset that fits in memory: `read` is all there is to write."""
+
+    size: PositiveInt | None = Field(default=None, description="Side, in pixels, to resize images to; null: as they are.")
+
+    @abstractmethod
+    def stored_info(self) -> DatasetInfo:
+        """`info`, for images as they are stored."""
+
+    @abstractmethod
+    def read(self, root: Path) -> tuple[Images, Images]:
+        """Training and test images as stored, in a fixed order.
+
+        Raises:
+            DataError: they are missing or can't be read.
+        """
+
+    def info(self) -> DatasetInfo:
+        stored = self.stored_info()
+        height, width = (self.size, self.size) if self.size else (stored.height, stored.width)
+        return DatasetInfo(**{**vars(stored), "height": height, "width": width})
+
+    def loader(self, root: Path, *, seed: int, device: torch.device) -> "MemoryLoader":
+        info = self.info()
+        train, test = (self._prepared(images, info) for images in self.read(root))
+        if (len(train), len(test)) != (info.train_count, info.test_count):
+            raise DataError(
+                f"{self.kind} under {root} holds {len(train)} + {len(test)} images, not {info.train_count} + "
+                f"{info.test_count}; fetch it again"
+            )
+        order = torch.randperm(len(train), generator=keyed_generator(seed, "validation"))
+        return MemoryLoader(
+            train=train.take(order[self.validation :]).to(device),
+            splits={"validation": train.take(order[: self.validation]).to(device), "test": test.to(device)},
+            info=info,
+            batch_size=self.batch_size,
+            augment=self.augment,
+            seed=seed,
+        )
+
+    def _prepared(self, stored: Images, info: DatasetInfo) -> Images:
+        if stored.images.shape[2:] == (info.height, info.width):
+            return stored
+        resized = F.interpolate(
+            stored.images.float(), size=(info.height, info.width), mode="bilinear", antialias=True
+        )
+        return Images(resized.round().clamp(0, 255).to(torch.uint8), stored.labels)
+
+
+class MemoryLoader(Loader):
+    """Batches from tensors that stay on the device; order and augmentation by (seed, epoch, step) alone."""
+
+    EVAL_BATCH = 500
+
+    def __init__(
+        self,
+        *,
+        train: Images,
+        splits: dict[str, Images],
+        info: DatasetInfo,
+        batch_size: int,
+        augment: Augment,
+        seed: int,
+    ) -> None:
+        self._train, self._splits, self._augment, self._seed = train, splits, augment, seed
+        self._batch_size = batch_size
+        self._mean = torch.tensor(info.mean, device=train.images.device)[:, None, None] * 255
+        self._std = torch.tensor(info.std, device=train.images.device)[:, None, None] * 255
+
+    @property
+    def batch_size(self) -> int:
+        return self._batch_size
+
+    def steps(self) -> int:
+        return len(self._train) // self._batch_size
+
+    def train_batches(self, epoch: int) -> Iterator[Batch]:
+        order = torch.randperm(len(self._train), generator=keyed_generator(self._seed, "order", epoch))
+        order = order.to(self._train.images.device)
+        for step in range(self.steps()):
+            chosen = self._train.take(order[step * self._batch_size : (step + 1) * self._batch_size])
+            draws = keyed_generator(self._seed, "augment", epoch, step)
+            yield self._normalize(augment_batch(chosen.images, self._augment, draws)), chosen.labels
+
+    def split_batches(self, split: str) -> Iterator[Batch]:
+        images = self._splits[split]
+        for start in range(0, len(images), self.EVAL_BATCH):
+            stop = start + self.EVAL_BATCH
+            yield self._normalize(images.images[start:stop]), images.labels[start:stop]
+
+    def split_count(self, split: str) -> int:
+        return len(self._splits[split])
+
+    def _normalize(self, images: Tensor) -> Tensor:
+        return (images.to(torch.float32) - self._mean) / self._std

@@ -1,0 +1,289 @@
+"""LocalGraph: units in order, one pure training step, and inference that stops where it may.
+
+Shapes: B batch, C channels, H height, W width, N classes. Images are float, normalised.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+
+from asge_zoo.graph.unit import Unit, Values
+from asge_zoo.ops.goodness import MapShape
+from asge_zoo.registry import Component
+
+INPUT = "input"
+
+
+class StepResult(NamedTuple):
+    """What one training step found; nothing has been changed by it.
+
+    Attributes:
+        grads: a gradient for every trainable parameter, by its name in `named_parameters()`.
+        losses: (units,) local losses, or (1,) for a rule with one global loss.
+        unit_logits: per unit (B, N); empty for a rule without local logits.
+        logits: (B, N) of the prediction strategy.
+        head_loss: () cross-entropy of the prediction's head; 0 where it has none, or the rule's own loss.
+        buffers: new values of the backbone's buffers that the step updates, by name.
+    """
+
+    grads: dict[str, Tensor]
+    losses: Tensor
+    unit_logits: tuple[Tensor, ...]
+    logits: Tensor
+    head_loss: Tensor
+    buffers: dict[str, Tensor]
+
+
+class Prediction(Component):
+    """Contract of a prediction strategy: what it keeps of each unit, its head, and where it may stop."""
+
+    group: ClassVar[str] = "prediction"
+    uses_unit_logits: ClassVar[bool] = False
+
+    @property
+    def head_lr(self) -> float | None:
+        """Learning rate of the head; None for the optimizer's own."""
+        return None
+
+    @abstractmethod
+    def build(self, units: Sequence[Unit], num_classes: int) -> nn.Module:
+        """The head: its parameters are trained on what is kept, its buffers hold what is chosen."""
+
+    @abstractmethod
+    def keep(self, index: int, num_units: int, activation: Tensor, output: Tensor) -> Tensor | None:
+        """What the head needs of unit `index`, of shape (B, …), or None.
+
+        Args:
+            index: the unit's place, from 0.
+            num_units: how many units there are.
+            activation: (B, C, H, W), what goodness reads.
+            output: (B, C, H', W'), what the next unit reads.
+        """
+
+    @abstractmethod
+    def logits(self, head: Callable[..., Tensor], kept: list[Tensor], unit_logits: Sequence[Tensor]) -> Tensor:
+        """Class logits (B, N) from what was kept, in the units' order, and the units' own logits."""
+
+    def last_unit(self, head: nn.Module, num_units: int) -> int:
+        """Index of the last unit that inference needs to run."""
+        return num_units - 1
+
+    def select(self, head: nn.Module, unit_accuracy: Sequence[float]) -> None:
+        """Settle what is chosen by the units' validation accuracy (percent), in the head's buffers."""
+
+
+class Rule(Component):
+    """Contract of a learning rule: how a batch becomes gradients."""
+
+    group: ClassVar[str] = "rule"
+    layer_local: ClassVar[bool]
+
+    def goodness_layout(self, shape: MapShape) -> tuple[int, int]:
+        """(partition, goodness_dim) of a unit with that map; zeros for a rule without goodness."""
+        return 0, 0
+
+    def build_unit(self, shape: MapShape, num_classes: int, generator: torch.Generator) -> nn.Module | None:
+        """A unit's local classifier, from its activation (B, C, H, W) to logits (B, N), or None."""
+        return None
+
+    @abstractmethod
+    def step(self, graph: "LocalGraph", params: Values, state: Values, images: Tensor, labels: Tensor) -> StepResult:
+        """Gradients and losses of one batch: pure, traceable, nothing changed.
+
+        Args:
+            graph: the units, modules and prediction to use.
+            params: every trainable parameter by name.
+            state: every buffer by name.
+            images: (B, C, H, W), float, normalised.
+            labels: (B,), int64.
+        """
+
+
+class LayerLocalRule(Rule):
+    """A rule by which each unit learns from its own loss; `unit_loss` is all there is to write.
+
+    The loss is differentiated with respect to the unit's own parameters alone, its inputs are
+    constants: locality holds by construction. A unit's activations are dead before the next
+    unit's gradient is taken.
+    """
+
+    layer_local: ClassVar[bool] = True
+
+    @abstractmethod
+    def unit_loss(
+        self, classify: Callable[[Tensor], Tensor], activation: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A unit's loss and logits.
+
+        Args:
+            classify: the unit's local classifier, bound to its tensors.
+            activation: (B, C, H, W), what goodness reads.
+            labels: (B,), int64.
+
+        Returns:
+            loss () and logits (B, N).
+        """
+
+    def step(self, graph: "LocalGraph", params: Values, state: Values, images: Tensor, labels: Tensor) -> StepResult:
+        env: dict[str, Tensor] = {INPUT: images}
+        grads, losses, unit_logits, kept, buffers = {}, [], [], [], {}
+        for index, unit in enumerate(graph.units):
+
+            def objective(own: dict[str, Tensor], env=env, index=index, unit=unit):
+                updated = {name: state[name].clone() for name in unit.buffers}
+                after = unit.run(env, {**own, **updated})
+                activation = after[unit.activation]
+                with full_precision(activation):
+                    loss, logits = self.unit_loss(graph.bind_local(index, {**state, **own}), activation, labels)
+                summary = graph.keep(index, after)
+                return loss, (logits, summary, unit.leave(after), updated)
+
+            own = {name: params[name] for name in unit.parameters}
+            gradient, (loss, aux) = grad_and_value(objective, has_aux=True)(own)
+            logits, summary, env, updated = aux
+            grads.update(gradient)
+            buffers.update(updated)
+            losses.append(loss)
+            unit_logits.append(logits)
+            kept.extend(summary)
+        head_grads, head_loss, logits = self._head_step(graph, params, state, kept, unit_logits, labels)
+        return StepResult(
+            {**grads, **head_grads}, torch.stack(losses), tuple(unit_logits), logits, head_loss, buffers
+        )
+
+    def _head_step(self, graph: "LocalGraph", params, state, kept, unit_logits, labels):
+        """The head's own loss trains the head only: what it reads are constants."""
+        own = {name: params[name] for name in graph.head_parameters}
+
+        def objective(own: dict[str, Tensor]):
+            logits = graph.predict({**state, **own}, kept, unit_logits)
+            return F.cross_entropy(logits, labels), logits
+
+        with full_precision(labels):
+            if own:
+                gradient, (loss, logits) = grad_and_value(objective, has_aux=True)(own)
+                return gradient, loss, logits
+            logits = graph.predict(state, kept, unit_logits)
+            return {}, logits.new_zeros(()), logits
+
+
+def full_precision(like: Tensor) -> torch.autocast:
+    """A context in which autocast is off: goodness, logits and losses stay float32."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+class LocalGraph(nn.Module):
+    """A backbone as units, with its rule's local classifiers and its prediction's head.
+
+    Made by `asge_zoo.compile_spec`. Its state dict holds `backbone.*` (the backbone's own keys),
+    `local.<unit>.*` (the rule's tensors, projections among them) and `head.*`.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        units: Sequence[Unit],
+        local: Sequence[nn.Module],
+        head: nn.Module,
+        rule: Rule,
+        prediction: Prediction,
+        num_classes: int,
+        precision: str,
+        compile: bool,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.units = tuple(units)
+        self.local = nn.ModuleList(local)
+        self.head = head
+        self.rule = rule
+        self.prediction = prediction
+        self.num_classes = num_classes
+        self.precision = precision
+        self.head_parameters = tuple(f"head.{name}" for name, _ in head.named_parameters())
+        self._step: Callable[..., StepResult] = (
+            torch.compile(self.step_fn, fullgraph=True) if compile else self.step_fn
+        )
+
+    # Building blocks for rules.
+
+    def keep(self, index: int, env: Values) -> list[Tensor]:
+        """What the prediction keeps of unit `index`, from the values after it: one tensor or none."""
+        unit = self.units[index]
+        kept = self.prediction.keep(index, len(self.units), env[unit.activation], env[unit.output])
+        return [] if kept is None else [kept]
+
+    def bind_local(self, index: int, values: Values) -> Callable[[Tensor], Tensor]:
+        """Unit `index`'s local classifier as a function of its activation, with its tensors from `values`."""
+        return _bind(self.local[index], f"local.{index}.", values)
+
+    def predict(self, values: Values, kept: list[Tensor], unit_logits: Sequence[Tensor]) -> Tensor:
+        """The prediction's logits (B, N), with the head's tensors from `values`."""
+        return self.prediction.logits(_bind(self.head, "head.", values), kept, unit_logits)
+
+    # Training.
+
+    def step_fn(self, params: Values, state: Values, images: Tensor, labels: Tensor) -> StepResult:
+        """One training step as a pure function of parameters, buffers and a batch (see `Rule.step`)."""
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
+            return self.rule.step(self, params, state, images, labels)
+
+    def step(self, images: Tensor, labels: Tensor) -> StepResult:
+        """`step_fn`, compiled if the spec says so, on this module's own tensors. Changes nothing.
+
+        Args:
+            images: (B, C, H, W), float, normalised.
+            labels: (B,), int64.
+        """
+        with torch.no_grad():  # gradients are taken inside, by torch.func; nothing else may track them
+            return self._step(dict(self.named_parameters()), dict(self.named_buffers()), images, labels)
+
+    # Inference.
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class logits (B, N) for images (B, C, H, W); later units than the prediction needs don't run."""
+        stop = self.prediction.last_unit(self.head, len(self.units))
+        return self._infer(images, stop, local=self.prediction.uses_unit_logits)[0]
+
+    def unit_logits(self, images: Tensor) -> list[Tensor]:
+        """Each unit's own logits (B, N); empty for a rule without local classifiers."""
+        return self.all_logits(images)[1]
+
+    def all_logits(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The prediction's logits (B, N) and each unit's own, in one pass over all units."""
+        return self._infer(images, len(self.units) - 1, local=len(self.local) > 0)
+
+    def _infer(self, images: Tensor, stop: int, *, local: bool) -> tuple[Tensor, list[Tensor]]:
+        kept, unit_logits = [], []
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
+            for index, env in self.walk(images, stop=stop):
+                activation = env[self.units[index].activation]
+                with full_precision(activation):
+                    if local:
+                        unit_logits.append(self.local[index](activation))
+                    summary = self.keep(index, env)
+                kept.extend(summary)
+            with full_precision(images):
+                return self.prediction.logits(self.head, kept, unit_logits), unit_logits
+
+    def walk(
+        self, images: Tensor, *, values: Values | None = None, stop: int | None = None
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Run the units in order up to index `stop`; yields (index, all values after that unit)."""
+        env: dict[str, Tensor] = {INPUT: images}
+        for index, unit in enumerate(self.units[: None if stop is None else stop + 1]):
+            after = unit.run(env, values)
+            yield index, after
+            env = unit.leave(after)
+
+
+def _bind(module: nn.Module, prefix: str, values: Values) -> Callable[..., Any]:
+    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    tensors = {name: values[prefix + name] for name in names}
+    return lambda *args: functional_call(module, tensors, args)

@@ -1,0 +1,110 @@
+"""Units: the smallest parts of a backbone that learn alone."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from asge_zoo.ops.goodness import MapShape
+
+Values = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for a named value among a step's arguments."""
+
+    name: str
+
+
+def resolve(argument: Any, env: Values) -> Any:
+    """An argument with every `Ref` in it replaced by its value."""
+    if isinstance(argument, Ref):
+        return env[argument.name]
+    if isinstance(argument, (tuple, list)):
+        return type(argument)([resolve(item, env) for item in argument])
+    if isinstance(argument, dict):
+        return {key: resolve(item, env) for key, item in argument.items()}
+    return argument
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation of the traced backbone: a module, or a function of values.
+
+    Attributes:
+        name: the value that the step defines.
+        call: the module or function.
+        args, kwargs: its arguments, values among them as `Ref`.
+        tensors: for a module, its parameters and buffers: own name to the graph's name.
+    """
+
+    name: str
+    call: nn.Module | Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    tensors: tuple[tuple[str, str], ...] = ()
+
+    def __call__(self, env: Values, values: Values | None) -> Any:
+        args, kwargs = resolve(self.args, env), resolve(self.kwargs, env)
+        if values is None or not isinstance(self.call, nn.Module):
+            return self.call(*args, **kwargs)
+        return functional_call(self.call, {own: values[name] for own, name in self.tensors}, args, kwargs)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of the backbone that owns one convolution, and everything up to the next.
+
+    Attributes:
+        name: its convolution's name in the backbone.
+        channels, height, width: of its activation map, before pooling.
+        partition: patches per side of its goodness; 0 for a rule without goodness.
+        goodness_dim: length of its goodness vector; 0 for a rule without goodness.
+        parameters: names of its trainable tensors, as in `LocalGraph.named_parameters()`.
+        buffers: names of the backbone's buffers it may update (running statistics).
+        macs: multiply-accumulates of one image's forward pass.
+        output_shape: (C, H, W) of what leaves it, after pooling.
+        input_numel: numbers per image that enter it.
+        steps: its operations, in order.
+        activation, output: the values that goodness reads and that leave it last.
+        keeps: the values (its own and earlier ones) that later units still read.
+    """
+
+    name: str
+    channels: int
+    height: int
+    width: int
+    partition: int
+    goodness_dim: int
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    macs: int
+    output_shape: tuple[int, ...]
+    input_numel: int
+    steps: tuple[Step, ...]
+    activation: str
+    output: str
+    keeps: tuple[str, ...]
+
+    def map_shape(self, last_channels: int) -> MapShape:
+        """Its activation map's shape, as goodness takes it."""
+        return MapShape(self.channels, self.height, self.width, last_channels)
+
+    def run(self, env: Values, values: Values | None = None) -> dict[str, Tensor]:
+        """All values after this unit.
+
+        Args:
+            env: the values that earlier units left, each (B, …).
+            values: parameters and buffers by name to use in place of the modules' own.
+        """
+        env = dict(env)
+        for step in self.steps:
+            env[step.name] = step(env, values)
+        return env
+
+    def leave(self, env: Values) -> dict[str, Tensor]:
+        """Of all values after this unit, those that later units read."""
+        return {name: env[name] for name in self.keeps}

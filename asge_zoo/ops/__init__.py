@@ -1,0 +1,1 @@
+"""Tensor operations that a spec chooses from: pooling, normalisation, goodness, projection."""

@@ -1,0 +1,30 @@
+"""Learning-rate schedules, stepped after every training step."""
+
+from abc import abstractmethod
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import NonNegativeFloat
+
+from asge_zoo.registry import Component, register
+
+
+class Schedule(Component):
+    """Contract of a schedule: builds one of torch's."""
+
+    group: ClassVar[str] = "schedule"
+
+    @abstractmethod
+    def build(self, optimizer: torch.optim.Optimizer, total_steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+        """The scheduler over `total_steps` training steps."""
+
+
+@register
+class Cosine(Schedule):
+    """torch's cosine annealing from the optimizer's learning rate to `final_lr`."""
+
+    kind: Literal["cosine"] = "cosine"
+    final_lr: NonNegativeFloat = 1e-5
+
+    def build(self, optimizer: torch.optim.Optimizer, total_steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps, eta_min=self.final_lr)

@@ -1,0 +1,1 @@
+"""Prediction strategies: one file each; importing it registers it."""

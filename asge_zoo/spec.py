@@ -1,0 +1,158 @@
+"""The spec: one frozen tree that says everything about a run, in JSON.
+
+`load_spec` reads a file, a shipped spec's name or a dict; what comes back is resolved: every default
+written out. Its digest is what run directories and checkpoints are compared by.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
+
+from asge_zoo.errors import SpecError
+from asge_zoo.registry import Component, Options, Slot, default_component
+
+
+class Train(Options):
+    """How long, from which seed and in which arithmetic."""
+
+    epochs: PositiveInt = Field(default=100, description="Passes over the training images.")
+    seed: NonNegativeInt = Field(
+        default=0, description="Of the first run; decides weights, projections, split, order and augmentation."
+    )
+    runs: PositiveInt = Field(default=1, description="Independent runs, with seeds seed, seed + 1, …")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="bfloat16: autocast; parameters, goodness, logits and losses stay float32."
+    )
+    compile: bool = Field(default=True, description="Whether the step runs through torch.compile.")
+
+
+class Spec(Options):
+    """A whole experiment. Defaults are the paper's settings, and ours where it is silent."""
+
+    schema_: str | None = Field(default=None, alias="$schema", exclude=True, description="For editors; not used.")
+    schema_version: Literal[1] = 1
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run directory.")
+    data: Annotated[Component, Slot("dataset")]
+    backbone: Annotated[Component, Slot("backbone")]
+    pooling: Annotated[Component, Slot("pooling", "rms")] = default_component("pooling", "rms")
+    norm: Annotated[Component, Slot("norm", "layer")] = default_component("norm", "layer")
+    rule: Annotated[Component, Slot("rule", "asge")] = default_component("rule", "asge")
+    prediction: Annotated[Component, Slot("prediction", "fusion")] = default_component("prediction", "fusion")
+    optimizer: Annotated[Component, Slot("optimizer", "adamw")] = default_component("optimizer", "adamw")
+    schedule: Annotated[Component, Slot("schedule", "cosine")] = default_component("schedule", "cosine")
+    train: Train = Train()
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole spec as JSON values, every default written out."""
+        return self.model_dump(mode="json")
+
+    def digest(self) -> str:
+        """sha256 (hex) of the resolved spec in canonical JSON."""
+        canonical = json.dumps(self.resolved(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def for_seed(self, seed: int) -> "Spec":
+        """The spec of one single run of this one, with that seed."""
+        return self.model_copy(update={"train": self.train.model_copy(update={"seed": seed, "runs": 1})})
+
+
+def shipped_specs() -> dict[str, Path]:
+    """The specs that come with the package, by name."""
+    packaged = Path(str(resources.files("asge_zoo"))) / "_specs"
+    folder = packaged if packaged.is_dir() else Path(__file__).parents[1] / "specs"
+    return {path.stem: path for path in sorted(folder.glob("*.json"))}
+
+
+def load_spec(source: str | Path | dict[str, Any], *, overrides: Iterable[str] = ()) -> Spec:
+    """Read and validate a spec.
+
+    Args:
+        source: a JSON file, the name of a shipped spec (`vgg8_digits`), or the values themselves.
+        overrides: `path.to.field=value`, applied in order before validation.
+
+    Raises:
+        SpecError: with the file and the JSON path of what is wrong.
+    """
+    where = "spec" if isinstance(source, dict) else str(source)
+    raw = json.loads(json.dumps(source)) if isinstance(source, dict) else _read(Path(source))
+    if not isinstance(raw, dict):
+        raise SpecError(f"{where}: a spec is a JSON object, not a {type(raw).__name__}")
+    for override in overrides:
+        apply_override(raw, override)
+    try:
+        return Spec.model_validate(raw)
+    except ValidationError as error:
+        raise SpecError(f"{where}: {describe(error)}") from None
+
+
+def _read(path: Path) -> Any:
+    if not path.exists():
+        shipped = shipped_specs()
+        if str(path) not in shipped:
+            raise SpecError(
+                f"{path}: no such file, nor a shipped spec; `asge-zoo ls specs` lists those that come with the package"
+            )
+        path = shipped[str(path)]
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise SpecError(
+            f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: can't be read as a spec ({error})") from None
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set one `path.to.field=value` in place; the value is JSON, or else a plain string.
+
+    Another `kind` replaces the whole component: the options of the old kind do not carry over.
+
+    Raises:
+        SpecError: the override is malformed, or its path leads through something that is no object.
+    """
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise SpecError(f"--set {override}: must read path.to.field=value, such as train.epochs=10")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    node = raw
+    for depth, key in enumerate(keys[:-1], start=1):
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise SpecError(f"--set {override}: {'.'.join(keys[:depth])} is not an object, so it has no fields")
+    if keys[-1] == "kind" and node.get("kind", value) != value:
+        node.clear()
+    node[keys[-1]] = value
+
+
+def describe(error: ValidationError) -> str:
+    """One line for the first thing that is wrong, with its JSON path, and how many more there are."""
+    found = list(_flatten(error, ()))
+    path, message = found[0]
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    return f"{path or 'the top level'}: {message}{more}"
+
+
+def _flatten(error: ValidationError, prefix: tuple[str | int, ...]) -> Iterable[tuple[str, str]]:
+    for item in error.errors(include_url=False):
+        context = item.get("ctx", {})
+        inner = context.get("error")
+        location = (*prefix, *item["loc"])
+        if isinstance(inner, ValidationError):  # a component's own errors, nested by its slot
+            yield from _flatten(inner, location)
+            continue
+        if "key" in context:
+            location = (*location, context["key"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] not in ("missing", "unknown_key", "unknown_kind", "component"):
+            message = f"{message[:1].lower()}{message[1:]}, got {json.dumps(item['input'], default=str)}"
+        yield ".".join(map(str, location)), message
