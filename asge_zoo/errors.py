@@ -1,9 +1,9 @@
 """Errors that a user can act on: one line that says what is wrong, where, and what to do.
 
-    ZooError                exit code 2: bad input
-    ├── SpecError           a spec, an override or a component's options
-    ├── DataError           a dataset that is missing, unreadable or too small
-    └── CheckpointError     a run directory or checkpoint that is missing, damaged or in the way
+ZooError                exit code 2: bad input
+├── SpecError           a spec, an override or a component's options
+├── DataError           a dataset that is missing, unreadable or too small
+└── CheckpointError     a run directory or checkpoint that is missing, damaged or in the way
 """
 
 

@@ -67,7 +67,7 @@ class Component(Options):
     group: ClassVar[str]
     api_version: ClassVar[int] = 1
 
-    kind: str
+    kind: Any  # a Literal with itself as default, in every final class
 
 
 ComponentType = TypeVar("ComponentType", bound=type[Component])
@@ -120,9 +120,7 @@ class Slot:
         known = components(self.group)
         kind = value.get("kind", self.default)
         if kind is None:
-            raise PydanticCustomError(
-                "component", "needs a 'kind', one of {known}", {"known": ", ".join(known)}
-            )
+            raise PydanticCustomError("component", "needs a 'kind', one of {known}", {"known": ", ".join(known)})
         if not isinstance(kind, str) or kind not in known:
             hint = near_miss(str(kind), list(known))
             raise PydanticCustomError(

@@ -61,6 +61,11 @@ class Spec(Options):
         return self.model_copy(update={"train": self.train.model_copy(update={"seed": seed, "runs": 1})})
 
 
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of specs, with every registered component."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Spec.model_json_schema(by_alias=True)}
+
+
 def shipped_specs() -> dict[str, Path]:
     """The specs that come with the package, by name."""
     packaged = Path(str(resources.files("asge_zoo"))) / "_specs"
@@ -101,9 +106,7 @@ def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise SpecError(
-            f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}"
-        ) from None
+        raise SpecError(f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: can't be read as a spec ({error})") from None
 

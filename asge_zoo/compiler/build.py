@@ -5,11 +5,9 @@ from typing import cast
 import torch
 from torch import nn
 
-from asge_zoo.backbones.base import Backbone
+from asge_zoo.compiler.check import check_spec, parts
 from asge_zoo.compiler.cut import CutUnit, cut
-from asge_zoo.data.base import Dataset
-from asge_zoo.errors import SpecError
-from asge_zoo.graph.local_graph import LocalGraph, Prediction, Rule
+from asge_zoo.graph.local_graph import LocalGraph
 from asge_zoo.graph.unit import Unit
 from asge_zoo.ops.goodness import MapShape
 from asge_zoo.ops.norm import Norm
@@ -31,25 +29,16 @@ def compile_spec(spec: Spec, *, device: str | torch.device = "cpu") -> LocalGrap
     Raises:
         SpecError: the spec's parts do not fit together; names the field.
     """
+    check_spec(spec)
     dataset, backbone, rule, prediction = parts(spec)
-    dataset.check()
     info = dataset.info()
-    if min(info.height, info.width) < backbone.min_size():
-        raise SpecError(
-            f"backbone.kind: {spec.backbone.kind} needs images of at least {backbone.min_size()} pixels a side for its "
-            f"pools, and {spec.data.kind} gives {info.height}×{info.width}; set data.size"
-        )
-    if prediction.uses_unit_logits and not rule.layer_local:
-        raise SpecError(
-            f"prediction.kind: '{spec.prediction.kind}' reads the units' own logits, which rule '{spec.rule.kind}' "
-            f"has not; choose last or fusion"
-        )
     device = torch.device(device)
     seed = spec.train.seed
     built_on = device if device.type == "meta" else torch.device("cpu")
-    with torch.random.fork_rng(devices=[]), built_on:
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(seed, "weights"))
-        module = backbone.build(info.channels, pooling=cast(Pooling, spec.pooling), norm=cast(Norm, spec.norm))
+        with built_on:
+            module = backbone.build(info.channels, pooling=cast(Pooling, spec.pooling), norm=cast(Norm, spec.norm))
         pieces = cut(module, (info.channels, info.height, info.width))
         last_channels = pieces[-1].activation_shape[0]
         units, local = [], []
@@ -73,16 +62,6 @@ def compile_spec(spec: Spec, *, device: str | torch.device = "cpu") -> LocalGrap
         compile=spec.train.compile,
     )
     return graph.to(device)
-
-
-def parts(spec: Spec) -> tuple[Dataset, Backbone, Rule, Prediction]:
-    """The spec's larger components under their contracts' types, which their slots have checked."""
-    return (
-        cast(Dataset, spec.data),
-        cast(Backbone, spec.backbone),
-        cast(Rule, spec.rule),
-        cast(Prediction, spec.prediction),
-    )
 
 
 def _unit(index: int, piece: CutUnit, layout: tuple[int, int], classifier: nn.Module | None) -> Unit:

@@ -137,7 +137,9 @@ def _unit(
         output=output.name,
         output_shape=shapes.shapes[output.name][1:],
         input_numel=sum(_numel(shapes.shapes[source.name]) for source in entering),
-        keeps=tuple(dict.fromkeys([*(_value_name(node) for node in crossing), *(_value_name(node) for node in images)])),
+        keeps=tuple(
+            dict.fromkeys([*(_value_name(node) for node in crossing), *(_value_name(node) for node in images)])
+        ),
     )
 
 

@@ -18,7 +18,9 @@ from asge_zoo.random import keyed_generator
 class MemoryDataset(Dataset):
     """A dataset that fits in memory: `read` is all there is to write."""
 
-    size: PositiveInt | None = Field(default=None, description="Side, in pixels, to resize images to; null: as they are.")
+    size: PositiveInt | None = Field(
+        default=None, description="Side, in pixels, to resize images to; null: as they are."
+    )
 
     @abstractmethod
     def stored_info(self) -> DatasetInfo:
@@ -58,9 +60,7 @@ class MemoryDataset(Dataset):
     def _prepared(self, stored: Images, info: DatasetInfo) -> Images:
         if stored.images.shape[2:] == (info.height, info.width):
             return stored
-        resized = F.interpolate(
-            stored.images.float(), size=(info.height, info.width), mode="bilinear", antialias=True
-        )
+        resized = F.interpolate(stored.images.float(), size=(info.height, info.width), mode="bilinear", antialias=True)
         return Images(resized.round().clamp(0, 255).to(torch.uint8), stored.labels)
 
 

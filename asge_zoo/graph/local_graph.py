@@ -152,9 +152,7 @@ class LayerLocalRule(Rule):
             unit_logits.append(logits)
             kept.extend(summary)
         head_grads, head_loss, logits = self._head_step(graph, params, state, kept, unit_logits, labels)
-        return StepResult(
-            {**grads, **head_grads}, torch.stack(losses), tuple(unit_logits), logits, head_loss, buffers
-        )
+        return StepResult({**grads, **head_grads}, torch.stack(losses), tuple(unit_logits), logits, head_loss, buffers)
 
     def _head_step(self, graph: "LocalGraph", params, state, kept, unit_logits, labels):
         """The head's own loss trains the head only: what it reads are constants."""
@@ -207,9 +205,8 @@ class LocalGraph(nn.Module):
         self.num_classes = num_classes
         self.precision = precision
         self.head_parameters = tuple(f"head.{name}" for name, _ in head.named_parameters())
-        self._step: Callable[..., StepResult] = (
-            torch.compile(self.step_fn, fullgraph=True) if compile else self.step_fn
-        )
+        self.compiled = compile
+        self._step: Callable[..., StepResult] | None = None
 
     # Building blocks for rules.
 
@@ -241,6 +238,8 @@ class LocalGraph(nn.Module):
             images: (B, C, H, W), float, normalised.
             labels: (B,), int64.
         """
+        if self._step is None:  # torch's compiler takes seconds to load: only who trains waits for it
+            self._step = torch.compile(self.step_fn, fullgraph=True) if self.compiled else self.step_fn
         with torch.no_grad():  # gradients are taken inside, by torch.func; nothing else may track them
             return self._step(dict(self.named_parameters()), dict(self.named_buffers()), images, labels)
 

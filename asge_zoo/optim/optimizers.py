@@ -43,6 +43,4 @@ class SGD(Optimizer):
     weight_decay: NonNegativeFloat = 1e-4
 
     def build(self, groups: ParamGroups) -> torch.optim.Optimizer:
-        return torch.optim.SGD(
-            groups, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=True
-        )
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=True)

@@ -1,0 +1,1 @@
+"""What people read of a run or a spec: pictures and tables."""

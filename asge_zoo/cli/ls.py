@@ -1,0 +1,72 @@
+"""`asge-zoo ls`."""
+
+import json
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from asge_zoo.cli.options import AsJson, DataRoot
+
+
+class Listing(StrEnum):
+    """What can be listed."""
+
+    SPECS = "specs"
+    COMPONENTS = "components"
+    DATASETS = "datasets"
+
+
+def ls(
+    what: Annotated[Listing, typer.Argument(help="What to list.")],
+    data_root: DataRoot = None,
+    as_json: AsJson = False,
+) -> None:
+    """List shipped specs, components by group, or datasets and where they lie."""
+    rows = {
+        Listing.SPECS: _specs,
+        Listing.COMPONENTS: _components,
+        Listing.DATASETS: lambda: _datasets(data_root),
+    }[what]()
+    if as_json:
+        print(json.dumps(rows))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in rows[0]:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*("-" if value is None else str(value) for value in row.values()))
+    Console(highlight=False).print(table)
+
+
+def _specs() -> list[dict[str, Any]]:
+    from asge_zoo.spec import shipped_specs
+
+    rows = []
+    for name, path in shipped_specs().items():
+        raw = json.loads(path.read_text())
+        kinds = {
+            key: raw.get(key, {}).get("kind", default) for key, default in (("rule", "asge"), ("prediction", "fusion"))
+        }
+        rows.append({"spec": name, "data": raw["data"]["kind"], "backbone": raw["backbone"]["kind"], **kinds})
+    return rows
+
+
+def _components() -> list[dict[str, Any]]:
+    from asge_zoo.registry import ROOMS, components
+
+    return [
+        {"group": group, "kind": kind, "summary": (component.__doc__ or "").strip().splitlines()[0]}
+        for group in ROOMS
+        for kind, component in components(group).items()
+    ]
+
+
+def _datasets(given: Any) -> list[dict[str, Any]]:
+    from asge_zoo.data.base import data_root
+    from asge_zoo.data.found import datasets_found
+
+    return datasets_found(data_root(given))
