@@ -151,4 +151,4 @@ class Slot:
 
 def default_component(group: str, kind: str) -> Any:
     """A Pydantic field whose default is the group's `kind` with its own defaults."""
-    return Field(default_factory=lambda: components(group)[kind]())
+    return Field(default_factory=lambda: components(group)[kind].model_validate({}))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from asge_zoo.backbones.base import Backbone
 from asge_zoo.compiler.build import compile_spec
 from asge_zoo.errors import SpecError
-from asge_zoo.graph.local_graph import LocalGraph, StepResult
+from asge_zoo.graph.local_graph import LocalGraph
 from asge_zoo.ops.goodness import MapShape, SpatialGoodness
 from asge_zoo.ops.norm import Norm
 from asge_zoo.ops.pooling import Pooling, rms_pool2d
@@ -193,7 +193,8 @@ def test_backpropagation_equals_autograd(network: str, prediction: str, pooling:
 def test_goodness_of_oblong_maps(bins: str, shape: tuple[int, int, int]) -> None:
     """Height and width are not mixed up; `crop` leaves the remainder out."""
     height, width, p = shape
-    activation = torch.randn(2, 3, height, width, dtype=torch.float64).relu()
+    generator = torch.Generator().manual_seed(height)
+    activation = torch.randn(2, 3, height, width, generator=generator, dtype=torch.float64).relu()
     map_shape = MapShape(3, height, width, last_channels=3 * p)
     goodness = SpatialGoodness.model_validate({"bins": bins})
     read = activation if bins == "adaptive" else activation[:, :, : height - height % p, : width - width % p]
@@ -413,12 +414,10 @@ def test_rms_pooling_values() -> None:
     """Exact roots, an odd row and column left out, and the dtype kept without overflow."""
     x = torch.tensor([[3.0, 4.0, 1.0, 1.0, 9.0], [0.0, 0.0, 1.0, 1.0, 9.0], [9.0] * 5])[None, None]
     assert torch.equal(rms_pool2d(x, 2), torch.tensor([[[[2.5, 1.0]]]]))
-    assert torch.equal(rms_pool2d(torch.full((1, 1, 2, 2), 300.0, dtype=torch.float16), 2)[0, 0, 0, 0].double(), THREE)
+    large = torch.full((1, 1, 2, 2), 300.0, dtype=torch.float16)  # its square is more than float16 holds
+    assert torch.equal(rms_pool2d(large, 2), large[:, :, :1, :1])
     assert rms_pool2d(x.bfloat16(), 2).dtype == torch.bfloat16
     assert torch.equal(rms_pool2d(torch.zeros(1, 1, 4, 4), 2), torch.zeros(1, 1, 2, 2))
-
-
-THREE = torch.tensor(300.0, dtype=torch.float64)
 
 
 def test_rms_pooling_slope() -> None:
@@ -426,7 +425,8 @@ def test_rms_pooling_slope() -> None:
     x = torch.tensor([[3.0, 4.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]], dtype=torch.float64, requires_grad=True)
     rms_pool2d(x[None, None], 2).sum().backward()
     assert x.grad is not None
-    assert torch.equal(x.grad, torch.tensor([[0.3, 0.4, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]], dtype=torch.float64))
+    expected = torch.tensor([[0.3, 0.4, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(x.grad, expected, rtol=1e-15, atol=0)
 
 
 def test_backpropagation_survives_dead_windows() -> None:
@@ -589,11 +589,3 @@ def test_evaluation_does_not_depend_on_the_batch(network: str | Backbone) -> Non
         assert_close(alone[0], together[i], f"image {i}", 1e-12)
         for mine, others in zip(alone_by_unit, by_unit, strict=True):
             assert_close(mine[0], others[i], f"image {i}, a unit's own logits", 1e-12)
-
-
-def test_step_result_is_plain_data(
-) -> None:
-    """No tensor of a result holds on to a graph."""
-    result: StepResult = build().step(*batch(dtype=torch.float32))
-    tensors = [*result.grads.values(), result.losses, *result.unit_logits, result.logits, result.head_loss]
-    assert not any(tensor.requires_grad for tensor in tensors)

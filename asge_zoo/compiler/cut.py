@@ -6,9 +6,10 @@ been read, parameters belong to the next unit. All else belongs to the unit befo
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import fx, nn
+from torch.fx.node import map_arg
 
 from asge_zoo.compiler.trace import ShapeRecorder, is_convolution, record_shapes, trace
 from asge_zoo.errors import SpecError
@@ -153,7 +154,7 @@ def _activation(segment: Segment, modules: dict[str, nn.Module]) -> fx.Node:
 
 def _step(node: fx.Node, modules: dict[str, nn.Module]) -> Step:
     def reference(argument: Any) -> Any:
-        return fx.node.map_arg(argument, lambda source: Ref(_value_name(source)))
+        return cast(Any, map_arg)(argument, lambda source: Ref(_value_name(source)))
 
     args, kwargs = reference(node.args), reference(node.kwargs)
     if node.op == "call_module":

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError
 
 from asge_zoo.errors import SpecError
 
@@ -61,7 +62,7 @@ def trace(module: nn.Module) -> fx.Graph:
     """
     try:
         return UnitTracer().trace(module)
-    except (fx.proxy.TraceError, TypeError, ValueError) as error:
+    except (TraceError, TypeError, ValueError) as error:
         raise SpecError(f"backbone: can't be traced into units ({' '.join(str(error).split())})") from error
 
 

@@ -49,8 +49,8 @@ class Digits(MemoryDataset):
             from sklearn.datasets import load_digits
         except ImportError:
             raise DataError("digits come with scikit-learn, which is not installed: pip install scikit-learn") from None
-        digits = load_digits()
-        pixels = np.round(digits["images"] * (255 / 16)).astype(np.uint8)  # stored as 0 to 16
-        images = Images(torch.from_numpy(pixels)[:, None], torch.from_numpy(digits["target"]).long())
+        flat, target = load_digits(return_X_y=True)
+        pixels = np.round(flat.reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)  # stored as 0 to 16
+        images = Images(torch.from_numpy(pixels), torch.from_numpy(target).long())
         order = torch.randperm(len(images), generator=keyed_generator(0, "digits test"))
         return images.take(order[TEST_COUNT:]), images.take(order[:TEST_COUNT])

@@ -11,7 +11,7 @@ def datasets_found(root: Path) -> list[dict[str, Any]]:
     """Every registered dataset: its kind, classes, image shape and counts, and where it lies under `root` (or None)."""
     rows = []
     for kind, component in components("dataset").items():
-        dataset = cast(Dataset, component())
+        dataset = cast(Dataset, component.model_validate({}))
         info = dataset.info()
         rows.append(
             {

@@ -64,6 +64,9 @@ class PatchMeanSquare(nn.Module):
     averaged; else fixed bin matrices do it (CUDA's adaptive pooling has no deterministic gradient).
     """
 
+    row_bins: Tensor
+    column_bins: Tensor
+
     def __init__(self, shape: MapShape, partition: int, *, crop: bool) -> None:
         super().__init__()
         self.partition = partition
