@@ -278,13 +278,13 @@ def test_digits_test_images_are_always_the_same() -> None:
 
 
 def test_resizing_keeps_the_picture() -> None:
-    """Bilinear: a flat image stays flat, and a digit resized up and averaged down is itself again, nearly."""
+    """A digit resized up and averaged down again is nearly itself, not mirrored, turned or moved."""
     small = Digits(size=None).loader(NOWHERE, seed=0, device=CPU)
     large = Digits(size=32).loader(NOWHERE, seed=0, device=CPU)
     (small_images, labels), (large_images, other) = (next(iter(each.split_batches("test"))) for each in (small, large))
     assert torch.equal(labels, other)
     back = torch.nn.functional.avg_pool2d(large_images, 4)
-    assert torch.corrcoef(torch.stack([back.flatten(), small_images.flatten()]))[0, 1] > 0.98
+    assert torch.corrcoef(torch.stack([back.flatten(), small_images.flatten()]))[0, 1] > 0.95
 
 
 STORED: list[Any] = [
@@ -416,10 +416,12 @@ def test_too_few_images(tmp_path: Path) -> None:
     one_line(error)
 
 
-def test_labels_and_images_of_different_length(tmp_path: Path) -> None:
-    """More images than labels."""
-    images, _ = write_mnist(tmp_path)
-    write_idx(tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte", torch.cat([images, images]))
+def test_fewer_images_than_labels(tmp_path: Path) -> None:
+    """As many labels as there should be, and too few images."""
+    write_mnist(tmp_path)
+    raw = tmp_path / "MNIST" / "raw"
+    write_idx(raw / "train-labels-idx1-ubyte", torch.zeros(60000))
+    write_idx(raw / "t10k-labels-idx1-ubyte", torch.zeros(10000))
     with pytest.raises(DataError) as error:
         MNIST().loader(tmp_path, seed=0, device=CPU)
     one_line(error)
