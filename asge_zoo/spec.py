@@ -106,7 +106,9 @@ def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise SpecError(f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
+        raise SpecError(
+            f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); mend it there"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: can't be read as a spec ({error})") from None
 

@@ -1,14 +1,18 @@
 """`asge-zoo doctor`."""
 
 import json
+from pathlib import Path
 
-import typer
+import click
 
-from asge_zoo.cli.options import AsJson, DataRoot
+from asge_zoo.cli import options
 
 
-def doctor(data_root: DataRoot = None, as_json: AsJson = False) -> None:
-    """Say what is installed, which devices and data there are, whether torch.compile works, and what to do about it.
+@click.command("doctor")
+@options.data_root
+@options.as_json
+def doctor(data_root: Path | None, as_json: bool) -> int:
+    """Say what is installed, which devices and data there are, whether torch.compile works, and what to do.
 
     Exit code 1 if something that training needs is missing.
     """
@@ -16,10 +20,10 @@ def doctor(data_root: DataRoot = None, as_json: AsJson = False) -> None:
     from asge_zoo.report.doctor import examine
 
     checks = examine(find_root(data_root))
+    ok = all(check.status != "fail" for check in checks)
     if as_json:
-        print(json.dumps({"ok": all(check.status != "fail" for check in checks), "checks": [vars(c) for c in checks]}))
+        print(json.dumps({"ok": ok, "checks": [vars(c) for c in checks]}))
     else:
         for check in checks:
             print(f"{check.status:<5} {check.name}: {check.detail}" + (f"; {check.remedy}" if check.remedy else ""))
-    if any(check.status == "fail" for check in checks):
-        raise typer.Exit(1)
+    return 0 if ok else 1

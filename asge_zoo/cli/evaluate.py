@@ -1,30 +1,21 @@
 """`asge-zoo eval`."""
 
 import json
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
-from asge_zoo.cli.options import AsJson, DataRoot, Device
-
-
-class Split(StrEnum):
-    """What may be measured."""
-
-    TEST = "test"
-    VALIDATION = "validation"
+from asge_zoo.cli import options
 
 
-def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A run directory (its best checkpoint) or a checkpoint folder.")],
-    split: Annotated[Split, typer.Option(help="Which images.")] = Split.TEST,
-    data_root: DataRoot = None,
-    device: Device = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure a trained network on its dataset."""
+@click.command("eval")
+@click.argument("checkpoint", type=options.PATH)
+@click.option("--split", type=click.Choice(["test", "validation"]), default="test", help="Which images.")
+@options.data_root
+@options.device
+@options.as_json
+def evaluate(checkpoint: Path, split: str, data_root: Path | None, device: str | None, as_json: bool) -> None:
+    """Measure CHECKPOINT (a run directory, by its best one, or a checkpoint folder) on its dataset."""
     from asge_zoo.compiler.check import parts
     from asge_zoo.data.base import data_root as find_root
     from asge_zoo.engine.checkpoint import find_checkpoint, load_checkpoint
@@ -41,13 +32,13 @@ def evaluate(
         "count": found.count,
         "unit_accuracy": found.unit_accuracy,
         "loss": found.loss,
-        "split": split.value,
+        "split": split,
         "name": spec.name,
         "spec_sha256": spec.digest(),
     }
     if as_json:
         print(json.dumps(report))
         return
-    print(f"{spec.name}: {found.accuracy:.2f} % of {found.count} {split.value} images (top 5: {found.top5:.2f} %)")
+    print(f"{spec.name}: {found.accuracy:.2f} % of {found.count} {split} images (top 5: {found.top5:.2f} %)")
     for unit, accuracy in zip(graph.units, found.unit_accuracy, strict=False):
         print(f"  {unit.name}: {accuracy:.2f} %")

@@ -3,15 +3,21 @@
 import json
 from typing import Any
 
-from asge_zoo.cli.options import AsJson, Overrides, SpecSource
+import click
+
+from asge_zoo.cli import options
 
 
-def explain(spec: SpecSource, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Show a spec's plan: its units, what they compute, and what local training keeps in memory."""
+@click.command("explain")
+@options.spec_argument
+@options.overrides
+@options.as_json
+def explain(spec: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show the plan of SPEC: its units, what they compute, and what local training keeps in memory."""
     from asge_zoo.compiler.plan import plan
     from asge_zoo.spec import load_spec
 
-    planned = plan(load_spec(spec, overrides=overrides or ()))
+    planned = plan(load_spec(spec, overrides=overrides))
     if as_json:
         print(json.dumps(planned))
     else:

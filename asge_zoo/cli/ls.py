@@ -1,33 +1,26 @@
 """`asge-zoo ls`."""
 
 import json
-from enum import StrEnum
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Any
 
-import typer
+import click
 
-from asge_zoo.cli.options import AsJson, DataRoot
-
-
-class Listing(StrEnum):
-    """What can be listed."""
-
-    SPECS = "specs"
-    COMPONENTS = "components"
-    DATASETS = "datasets"
+from asge_zoo.cli import options
 
 
-def ls(
-    what: Annotated[Listing, typer.Argument(help="What to list.")],
-    data_root: DataRoot = None,
-    as_json: AsJson = False,
-) -> None:
+@click.command("ls")
+@click.argument("what", type=click.Choice(["specs", "components", "datasets"]))
+@options.data_root
+@options.as_json
+def ls(what: str, data_root: Path | None, as_json: bool) -> None:
     """List shipped specs, components by group, or datasets and where they lie."""
-    rows = {
-        Listing.SPECS: _specs,
-        Listing.COMPONENTS: _components,
-        Listing.DATASETS: lambda: _datasets(data_root),
-    }[what]()
+    if what == "specs":
+        rows = _specs()
+    elif what == "components":
+        rows = _components()
+    else:
+        rows = _datasets(data_root)
     if as_json:
         print(json.dumps(rows))
         return
@@ -65,7 +58,7 @@ def _components() -> list[dict[str, Any]]:
     ]
 
 
-def _datasets(given: Any) -> list[dict[str, Any]]:
+def _datasets(given: Path | None) -> list[dict[str, Any]]:
     from asge_zoo.data.base import data_root
     from asge_zoo.data.found import datasets_found
 

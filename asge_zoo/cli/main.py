@@ -6,36 +6,41 @@
 import sys
 
 import click
-import typer
 
-from asge_zoo.cli import doctor, evaluate, explain, ls, schema, train, validate, verify
+from asge_zoo.cli.doctor import doctor
+from asge_zoo.cli.evaluate import evaluate
+from asge_zoo.cli.explain import explain
+from asge_zoo.cli.ls import ls
+from asge_zoo.cli.schema import schema
+from asge_zoo.cli.train import train
+from asge_zoo.cli.validate import validate
+from asge_zoo.cli.verify import verify
 from asge_zoo.errors import ZooError
 
-app = typer.Typer(
-    name="asge-zoo",
-    help="Train, inspect and evaluate convolutional networks that learn without backpropagation.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command("train")(train.train)
-app.command("eval")(evaluate.evaluate)
-app.command("validate")(validate.validate)
-app.command("explain")(explain.explain)
-app.command("schema")(schema.schema)
-app.command("ls")(ls.ls)
-app.command("verify")(verify.verify)
-app.command("doctor")(doctor.doctor)
+COMMANDS = (train, evaluate, validate, explain, schema, ls, verify, doctor)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="asge-zoo", message="%(package)s %(version)s")
+def cli() -> None:
+    """Train, inspect and evaluate convolutional networks that learn without backpropagation."""
+
+
+for command in COMMANDS:
+    cli.add_command(command)
 
 
 def run(arguments: list[str] | None = None) -> int:
     """Run one command line; returns its exit code. Errors that a user can act on go to stderr as one line."""
     try:
-        return app(args=arguments, standalone_mode=False) or 0
+        return cli.main(args=arguments, prog_name="asge-zoo", standalone_mode=False) or 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        return error.exit_code
     except click.ClickException as error:
-        return _fail(error.format_message(), error.exit_code)
+        context = getattr(error, "ctx", None)
+        hint = f" See `{context.command_path} --help`." if context else ""
+        return _fail(error.format_message() + hint, error.exit_code)
     except ZooError as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):

@@ -1,21 +1,17 @@
-"""Options that several commands share."""
+"""Arguments and options that several commands share, as click decorators."""
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
-SpecSource = Annotated[
-    str, typer.Argument(metavar="SPEC", help="A spec's JSON file, or the name of a shipped one (see `ls specs`).")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="PATH=VALUE", help="Change a field, such as train.epochs=10; repeatable."),
-]
-DataRoot = Annotated[
-    Path | None, typer.Option("--data-root", help="Where datasets lie; default $ASGE_ZOO_DATA, or the user's cache.")
-]
-Device = Annotated[
-    str | None, typer.Option("--device", help="A torch device; default the first there is of CUDA, MPS, CPU.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Report as JSON on stdout.")]
+PATH = click.Path(path_type=Path)
+
+spec_argument = click.argument("spec")
+overrides = click.option(
+    "--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change a field, as train.epochs=10; repeatable."
+)
+data_root = click.option(
+    "--data-root", type=PATH, help="Where datasets lie; default $ASGE_ZOO_DATA, or the user's cache."
+)
+device = click.option("--device", help="A torch device; default a CUDA GPU if there is one, else the CPU.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")

@@ -2,26 +2,32 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
-from asge_zoo.cli.options import AsJson, DataRoot, Device, Overrides, SpecSource
+from asge_zoo.cli import options
 
 
+@click.command("train")
+@options.spec_argument
+@options.overrides
+@click.option("--run-dir", type=options.PATH, help="A new directory to write to; default runs/<name>.")
+@options.data_root
+@options.device
+@options.as_json
 def train(
-    spec: SpecSource,
-    overrides: Overrides = None,
-    run_dir: Annotated[Path | None, typer.Option(help="A new directory to write to; default runs/<name>.")] = None,
-    data_root: DataRoot = None,
-    device: Device = None,
-    as_json: AsJson = False,
+    spec: str,
+    overrides: tuple[str, ...],
+    run_dir: Path | None,
+    data_root: Path | None,
+    device: str | None,
+    as_json: bool,
 ) -> None:
-    """Train a spec's network and test its best checkpoint."""
+    """Train SPEC (a JSON file, or the name of a shipped spec) and test its best checkpoint."""
     from asge_zoo.engine.train import train as train_spec
     from asge_zoo.spec import load_spec
 
-    loaded = load_spec(spec, overrides=overrides or ())
+    loaded = load_spec(spec, overrides=overrides)
     result = train_spec(loaded, run_dir=run_dir, device=device, data_root_dir=data_root)
     if as_json:
         print(json.dumps(result.to_json()))

@@ -2,17 +2,20 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
-from asge_zoo.cli.options import AsJson
+from asge_zoo.cli import options
 
 
-def verify(
-    path: Annotated[Path, typer.Argument(help="A run directory, or a checkpoint folder.")], as_json: AsJson = False
-) -> None:
-    """Check every checkpoint's files and tensors against their sha256 sums; exit code 1 if one is damaged."""
+@click.command("verify")
+@click.argument("path", type=options.PATH)
+@options.as_json
+def verify(path: Path, as_json: bool) -> int:
+    """Check every checkpoint in PATH (a run directory, or a checkpoint folder) against its sha256 sums.
+
+    Exit code 1 if one is damaged.
+    """
     from asge_zoo.engine.checkpoint import all_checkpoints, check_files
 
     found = {str(folder): check_files(folder) for folder in all_checkpoints(path)}
@@ -23,5 +26,4 @@ def verify(
         for problem in problems:
             print(problem)
         print(f"{len(found)} checkpoint{'s' if len(found) > 1 else ''} checked, {len(problems)} problems")
-    if problems:
-        raise typer.Exit(1)
+    return 1 if problems else 0

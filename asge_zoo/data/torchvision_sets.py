@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -49,7 +50,7 @@ class TorchvisionSet(MemoryDataset):
         """Fetch into a folder beside and rename, so that a broken download leaves nothing behind."""
         import torchvision.datasets
 
-        print(f"{self.kind}: not under {root}, downloading it there", file=sys.stderr)
+        created = not root.exists()
         try:
             root.mkdir(parents=True, exist_ok=True)
             with (
@@ -59,6 +60,8 @@ class TorchvisionSet(MemoryDataset):
                 getattr(torchvision.datasets, self.torchvision_name)(folder, download=True)
                 os.rename(Path(folder) / self.folder, root / self.folder)
         except Exception as error:  # network, disk: torchvision raises RuntimeError, URLError, OSError
+            if created and root.is_dir():
+                root.rmdir()
             raise DataError(
                 f"{self.kind} is not under {root} and can't be downloaded ({_one_line(error)}); put torchvision's "
                 f"'{self.folder}' folder there, or name its parent with --data-root or ASGE_ZOO_DATA"
@@ -66,7 +69,7 @@ class TorchvisionSet(MemoryDataset):
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return textwrap.shorten(str(error), 160, placeholder=" …")
 
 
 class GreySet(TorchvisionSet):

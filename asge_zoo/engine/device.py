@@ -16,17 +16,16 @@ PACKAGES = ("asge-zoo", "torch", "torchvision", "pydantic", "safetensors", "scik
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The named device, or the first there is of CUDA, MPS and CPU.
+    """The named device, or a CUDA GPU if there is one, else the CPU.
 
     Raises:
         SpecError: there is no such device here.
     """
     if name is None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise SpecError(f"--device {name}: can't be used here ({reason}); `asge-zoo doctor` lists devices") from None

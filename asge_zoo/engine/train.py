@@ -79,7 +79,7 @@ def train(
     Args:
         spec: what to train.
         run_dir: where to write, a new directory; `runs/<name>` if not given.
-        device: a torch device; the first there is of CUDA, MPS and CPU if not given.
+        device: a torch device; if not given, a CUDA GPU if there is one, else the CPU.
         data_root_dir: where datasets lie; see `data_root`.
 
     Raises:

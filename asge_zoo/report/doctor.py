@@ -42,8 +42,6 @@ def _packages() -> list[Check]:
 
 def _devices() -> list[Check]:
     names = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        names.append("mps")
     checks = [Check(f"device {name}", "ok", device_name(torch.device(name))) for name in names]
     if len(names) == 1:
         checks.append(Check("GPU", "miss", "none found", "training runs on the CPU: take a quarter-width spec"))
