@@ -28,7 +28,7 @@ def train(
     from asge_zoo.spec import load_spec
 
     loaded = load_spec(spec, overrides=overrides)
-    result = train_spec(loaded, run_dir=run_dir, device=device, data_root_dir=data_root)
+    result = train_spec(loaded, run_dir=run_dir, device=device, data_root=data_root)
     if as_json:
         print(json.dumps(result.to_json()))
         return

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ class MemoryDataset(Dataset):
     def info(self) -> DatasetInfo:
         stored = self.stored_info()
         height, width = (self.size, self.size) if self.size else (stored.height, stored.width)
-        return DatasetInfo(**{**vars(stored), "height": height, "width": width})
+        return replace(stored, height=height, width=width)
 
     def loader(self, root: Path, *, seed: int, device: torch.device) -> "MemoryLoader":
         info = self.info()

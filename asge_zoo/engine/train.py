@@ -21,7 +21,8 @@ import torch
 
 from asge_zoo.compiler.build import compile_spec
 from asge_zoo.compiler.check import parts
-from asge_zoo.data.base import Loader, data_root
+from asge_zoo.data.base import Loader
+from asge_zoo.data.base import data_root as find_data_root
 from asge_zoo.engine.checkpoint import load_checkpoint
 from asge_zoo.engine.device import pick_device
 from asge_zoo.engine.files import append_line, json_bytes, write_file
@@ -72,7 +73,7 @@ def train(
     *,
     run_dir: str | Path | None = None,
     device: str | None = None,
-    data_root_dir: str | Path | None = None,
+    data_root: str | Path | None = None,
 ) -> RunResult:
     """Train by a spec, every run of it, and test each run's best checkpoint.
 
@@ -80,14 +81,14 @@ def train(
         spec: what to train.
         run_dir: where to write, a new directory; `runs/<name>` if not given.
         device: a torch device; if not given, a CUDA GPU if there is one, else the CPU.
-        data_root_dir: where datasets lie; see `data_root`.
+        data_root: where datasets lie; if not given, $ASGE_ZOO_DATA, else the user's cache.
 
     Raises:
         SpecError: the spec's parts do not fit together.
         DataError: the dataset is missing or unreadable.
         CheckpointError: the run directory is in use already.
     """
-    chosen, root = pick_device(device), data_root(data_root_dir)
+    chosen, root = pick_device(device), find_data_root(data_root)
     folder = new_run_dir(spec, run_dir)
     if spec.train.runs == 1:
         return _train_seed(spec, folder, chosen, root)
