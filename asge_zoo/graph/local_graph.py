@@ -5,13 +5,15 @@ Shapes: B batch, C channels, H height, W width, N classes. Images are float, nor
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from types import MethodType
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value
+from torch.func import grad_and_value
 
+from asge_zoo.graph.functional import bind, full_precision, own_code
 from asge_zoo.graph.unit import Unit, Values
 from asge_zoo.ops.goodness import MapShape
 from asge_zoo.registry import Component
@@ -170,11 +172,6 @@ class LayerLocalRule(Rule):
             return {}, logits.new_zeros(()), logits
 
 
-def full_precision(like: Tensor) -> torch.autocast:
-    """A context in which autocast is off: goodness, logits and losses stay float32."""
-    return torch.autocast(like.device.type, enabled=False)
-
-
 class LocalGraph(nn.Module):
     """A backbone as units, with its rule's local classifiers and its prediction's head.
 
@@ -218,11 +215,11 @@ class LocalGraph(nn.Module):
 
     def bind_local(self, index: int, values: Values) -> Callable[[Tensor], Tensor]:
         """Unit `index`'s local classifier as a function of its activation, with its tensors from `values`."""
-        return _bind(self.local[index], f"local.{index}.", values)
+        return bind(self.local[index], f"local.{index}.", values)
 
     def predict(self, values: Values, kept: list[Tensor], unit_logits: Sequence[Tensor]) -> Tensor:
         """The prediction's logits (B, N), with the head's tensors from `values`."""
-        return self.prediction.logits(_bind(self.head, "head.", values), kept, unit_logits)
+        return self.prediction.logits(bind(self.head, "head.", values), kept, unit_logits)
 
     # Training.
 
@@ -239,7 +236,11 @@ class LocalGraph(nn.Module):
             labels: (B,), int64.
         """
         if self._step is None:  # torch's compiler takes seconds to load: only who trains waits for it
-            self._step = torch.compile(self.step_fn, fullgraph=True) if self.compiled else self.step_fn
+            self._step = (
+                torch.compile(own_code(cast(MethodType, self.step_fn)), fullgraph=True)
+                if self.compiled
+                else self.step_fn
+            )
         with torch.no_grad():  # gradients are taken inside, by torch.func; nothing else may track them
             return self._step(dict(self.named_parameters()), dict(self.named_buffers()), images, labels)
 
@@ -280,9 +281,3 @@ class LocalGraph(nn.Module):
             after = unit.run(env, values)
             yield index, after
             env = unit.leave(after)
-
-
-def _bind(module: nn.Module, prefix: str, values: Values) -> Callable[..., Any]:
-    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-    tensors = {name: values[prefix + name] for name in names}
-    return lambda *args: functional_call(module, tensors, args)

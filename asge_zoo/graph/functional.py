@@ -1,0 +1,39 @@
+"""Helpers of the pure step: modules as functions of their tensors, and the step as a function of its own."""
+
+import itertools
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from asge_zoo.graph.unit import Values
+
+
+def full_precision(like: Tensor) -> torch.autocast:
+    """A context in which autocast is off: goodness, logits and losses stay float32."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def bind(module: nn.Module, prefix: str, values: Values) -> Callable[..., Any]:
+    """A module as a function of its arguments, with its tensors from `values`, where they are named `prefix` + name."""
+    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    tensors = {name: values[prefix + name] for name in names}
+    return lambda *args: functional_call(module, tensors, args)
+
+
+_copies = itertools.count()
+
+
+def own_code(method: MethodType) -> Callable[..., Any]:
+    """A copy of a bound method with a code object of its own.
+
+    torch's compiler counts recompilations by code object, up to a limit: without this, the ninth graph of a
+    process would not compile.
+    """
+    function = method.__func__
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_copies)}")
+    copy = FunctionType(code, function.__globals__, closure=function.__closure__)
+    return MethodType(copy, method.__self__)
