@@ -11,6 +11,7 @@ from math import ceil, floor
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 EPS = 1e-5
 
@@ -171,7 +172,7 @@ def closed_form(layer: Layer, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     by_patch = (delta @ layer.projection.T).reshape(batch, channels, p, p)
     by_pixel = by_patch.repeat_interleave(patch_height, 2).repeat_interleave(patch_width, 3)
     slope = 2 / (patch_height * patch_width) * activation * by_pixel
-    weight_grad = torch.nn.grad.conv2d_weight(x, list(layer.weight.shape), slope, padding=1)
+    weight_grad = conv2d_weight(x, list(layer.weight.shape), slope, padding=1)
     return weight_grad, slope.sum((0, 2, 3))
 
 

@@ -3,10 +3,12 @@
 import socket
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, NoReturn
 
 import pytest
 import torch
+import torchvision.datasets
 from torch import Tensor
 
 from asge_zoo.data.augment import augment_batch, random_crop
@@ -25,12 +27,15 @@ class Numbered(MemoryDataset):
     """Random images whose labels number them: 0 to 39 to train on, 100 to 111 to test."""
 
     kind: Literal["test_numbered"] = "test_numbered"
+    flat: bool = False  # the same image throughout: batches differ by what was drawn for them alone
 
     def stored_info(self) -> DatasetInfo:
         return DatasetInfo(("a", "b"), 2, 6, 5, TRAIN, TEST, mean=(0.4, 0.6), std=(0.2, 0.3))
 
     def read(self, root: Path) -> tuple[Images, Images]:
-        pixels = torch.randint(256, (TRAIN + TEST, 2, 6, 5), generator=seeded(0)).to(torch.uint8)
+        pixels = torch.randint(1, 256, (TRAIN + TEST, 2, 6, 5), generator=seeded(0)).to(torch.uint8)
+        if self.flat:
+            pixels = pixels[:1].expand_as(pixels)
         return Images(pixels[:TRAIN], torch.arange(TRAIN)), Images(pixels[TRAIN:], torch.arange(TEST) + 100)
 
     def found(self, root: Path) -> str | None:
@@ -150,7 +155,7 @@ def test_epochs_and_seeds_differ(augment: Augment) -> None:
 def test_images_keep_their_labels() -> None:
     """Every image of a batch is its label's, normalised: (pixel / 255 − mean) / std, per channel, in float32."""
     loader, (train, test) = numbered(), Numbered().read(NOWHERE)
-    stored = {int(label): image for part in (train, test) for image, label in zip(part.images, part.labels, strict=True)}
+    stored = dict(zip((*train.labels.tolist(), *test.labels.tolist()), (*train.images, *test.images), strict=True))
     batches = [*loader.train_batches(0), *loader.split_batches("validation"), *loader.split_batches("test")]
     for images, labels in batches:
         assert images.dtype == torch.float32 and labels.dtype == torch.int64
@@ -160,17 +165,23 @@ def test_images_keep_their_labels() -> None:
                 torch.testing.assert_close(image[channel].double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_augmentation_draws_anew_for_every_step() -> None:
-    """One image, many epochs: different crops and flips; and all are the stored image's."""
-    loader = numbered(augment=Augment(crop_padding=1, flip=True))
-    seen: dict[int, list[Tensor]] = {}
-    for epoch in range(30):
-        for images, labels in loader.train_batches(epoch):
-            for image, label in zip(images, labels, strict=True):
-                seen.setdefault(int(label), []).append(image)
-    for label, images in seen.items():
-        distinct = {tuple(image.flatten().tolist()) for image in images}
-        assert 5 < len(distinct) <= 18, f"image {label}"  # 3 × 3 places, two ways round
+@pytest.mark.parametrize("augment", [Augment(crop_padding=2), Augment(flip=True)], ids=["crop", "flip"])
+def test_augmentation_draws_anew_for_every_step(augment: Augment) -> None:
+    """Every image of every step of every epoch has its own draw, and every seed has its own."""
+    dataset = Numbered(flat=True, validation=10, batch_size=15, augment=augment)
+    loaders = [dataset.loader(NOWHERE, seed=seed, device=CPU) for seed in (0, 1)]
+    batches = [images for loader in loaders for epoch in range(3) for images, _ in loader.train_batches(epoch)]
+    assert len(batches) == 12
+    assert len({tuple(images.flatten().tolist()) for images in batches}) == 12
+    assert all(len({tuple(image.flatten().tolist()) for image in images}) > 1 for images in batches)
+
+
+def test_crops_are_padded_with_black() -> None:
+    """Zero as a pixel, not after normalisation."""
+    dataset = Numbered(validation=10, batch_size=15, augment=Augment(crop_padding=2))
+    images, _ = next(iter(dataset.loader(NOWHERE, seed=0, device=CPU).train_batches(0)))
+    darkest = images.amin((0, 2, 3))
+    torch.testing.assert_close(darkest, torch.tensor([-0.4 / 0.2, -0.6 / 0.3]))
 
 
 def window(image: Tensor, padding: int, top: int, left: int) -> Tensor:
@@ -297,7 +308,7 @@ STORED: list[Any] = [
 @pytest.mark.parametrize(("kind", "by_class"), STORED)
 def test_stored_sets(kind: type[TorchvisionSet], by_class: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts by class, shapes, and the constants for mean and deviation, of the files under ASGE_ZOO_DATA."""
-    dataset, root = kind(), data_root()
+    dataset, root = kind.model_validate({}), data_root()
     if dataset.found(root) is None:
         pytest.skip(f"no {dataset.folder} under {root}: set ASGE_ZOO_DATA to where it lies")
     no_network(monkeypatch)
@@ -342,6 +353,18 @@ def test_reads_what_the_files_hold(tmp_path: Path) -> None:
         assert torch.equal(part.labels, labels)
 
 
+def test_colour_images_become_channels_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision holds CIFAR's images as (n, H, W, C)."""
+    pixels = torch.arange(2 * 4 * 5 * 3, dtype=torch.uint8).reshape(2, 4, 5, 3)
+    stored = SimpleNamespace(data=pixels.numpy(), targets=[7, 1])
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda root, train: stored)
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    for part in CIFAR10().read(tmp_path):
+        assert part.images.shape == (2, 3, 4, 5)
+        assert all(part.images[1, c, y, x] == pixels[1, y, x, c] for c in range(3) for y in range(4) for x in range(5))
+        assert part.labels.tolist() == [7, 1]
+
+
 # What is missing or broken.
 
 
@@ -376,7 +399,7 @@ def test_missing_set(
     root = tmp_path / "data"
     if exists:
         root.mkdir()
-    dataset = kind()
+    dataset = kind.model_validate({})
     assert dataset.found(root) is None
     with pytest.raises(DataError) as error:
         dataset.loader(root, seed=0, device=CPU)

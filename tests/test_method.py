@@ -1,7 +1,6 @@
 """The method: every number of a step against `reference.py`, in float64, and what a step must never do."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import pytest
@@ -20,21 +19,14 @@ from asge_zoo.ops.pooling import Pooling, rms_pool2d
 from asge_zoo.ops.transfer import Transfer
 from asge_zoo.spec import Spec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DIVISOR = 16  # of the channels: 8, 16 and 32 for 128, 256 and 512, which leaves every ratio as it is
 PRECISE = 1e-10
 NETWORKS = ["vgg8", "vgg11"]
 POOLINGS = ["rms", "avg", "max"]
 # For α = 1.5 and 2, P divides neither 20 nor 28; maps of 5, 7 and 3 pixels come up behind the pools.
 IMAGES = [pytest.param((1, 16), id="1x16"), pytest.param((3, 20), id="3x20"), pytest.param((1, 28), id="1x28")]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Networks this small spend their time waiting for threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def build(
@@ -175,7 +167,7 @@ def test_step_equals_the_closed_form(network: str, alpha: float, side: int) -> N
 @pytest.mark.parametrize("network", NETWORKS)
 def test_backpropagation_equals_autograd(network: str, prediction: str, pooling: str) -> None:
     """The control's gradients are plain autograd's."""
-    parts = {"rule": {"kind": "bp"}, "prediction": {"kind": prediction}, "pooling": {"kind": pooling}}
+    parts: dict[str, Any] = {"rule": {"kind": "bp"}, "prediction": {"kind": prediction}, "pooling": {"kind": pooling}}
     graph = build(network, images=(3, 20), **parts).double()
     layers = layers_of(graph, reference.plan(network, alpha=0, side=20, divisor=DIVISOR))
     images, labels = batch((3, 20))
@@ -227,8 +219,8 @@ def test_partitions_of_table_1(network: str, alpha: float, expected: dict[int, i
 @pytest.mark.parametrize(("prediction", "expected"), [("fusion", 256_600), ("last", 51_300), ("best", 0)])
 def test_classifier_parameters_of_table_3(prediction: str, expected: int) -> None:
     """VGG8's classifiers for CIFAR-100's hundred classes."""
-    parts = {"data": {"kind": "cifar100"}, "backbone": {"kind": "vgg8"}, "prediction": {"kind": prediction}}
-    graph = build(device="meta", **parts)
+    parts: dict[str, Any] = {"data": {"kind": "cifar100"}, "backbone": {"kind": "vgg8"}}
+    graph = build(device="meta", prediction={"kind": prediction}, **parts)
     assert sum(parameter.numel() for parameter in graph.head.parameters()) == expected
 
 
@@ -472,7 +464,7 @@ class BatchNormBackbone(Backbone):
     def build(self, in_channels: int, *, pooling: Pooling, norm: Norm) -> nn.Module:
         layers = OrderedDict[str, nn.Module]()
         for i, (entering, leaving) in enumerate([(in_channels, 4), (4, 6)], start=1):
-            layers[f"conv{i}"] = nn.Conv2d(entering, leaving, kernel_size=3, padding=1)
+            layers[f"conv{i}"] = nn.Conv2d(entering, leaving, kernel_size=3, padding=1, bias=False)
             layers[f"bn{i}"] = nn.BatchNorm2d(leaving)
             layers[f"relu{i}"] = nn.ReLU()
             layers[f"transfer{i}"] = Transfer(pooling=pooling.build(2), dropout=0.0, norm=norm.build())
@@ -527,11 +519,10 @@ def test_batch_normalisation_learns_locally() -> None:
     graph = build(BatchNormBackbone()).double()
     images, labels = batch()
     for index, unit in enumerate(graph.units):
-        names = [f"{module}{index + 1}.{kind}" for module in ("conv", "bn") for kind in ("weight", "bias")]
+        names = (f"conv{index + 1}.weight", f"bn{index + 1}.weight", f"bn{index + 1}.bias")
         assert unit.parameters == tuple(f"backbone.{name}" for name in names)
         for name in unit.parameters:
-            if "bn" in name or "weight" in name:  # batch norm takes out the bias before it
-                assert_slope(graph, images, labels, name, index)
+            assert_slope(graph, images, labels, name, index)
 
 
 def test_residual_block_is_cut_before_each_convolution() -> None:

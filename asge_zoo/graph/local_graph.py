@@ -6,7 +6,7 @@ Shapes: B batch, C channels, H height, W width, N classes. Images are float, nor
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from types import MethodType
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
