@@ -541,10 +541,15 @@ def test_residual_block_is_cut_before_each_convolution() -> None:
     assert [unit.output_shape for unit in graph.units] == [tuple(output.shape[1:]) for output in outputs]
 
 
-@pytest.mark.parametrize("shortcut_first", [False, True])
-def test_residual_block_learns_locally(shortcut_first: bool) -> None:
+def test_a_module_that_no_goodness_sees_is_refused() -> None:
+    """A shortcut computed before its branch would join the unit before, and learn nothing, silently."""
+    with pytest.raises(SpecError, match="'block.shortcut' does not lead to what goodness reads"):
+        build(ResidualBackbone(shortcut_first=True))
+
+
+def test_residual_block_learns_locally() -> None:
     """Every gradient is the slope of its own unit's loss, the skip connection a constant."""
-    graph = build(ResidualBackbone(shortcut_first=shortcut_first)).double()
+    graph = build(ResidualBackbone()).double()
     images, labels = batch()
     for index, unit in enumerate(graph.units):
         for name in unit.parameters:

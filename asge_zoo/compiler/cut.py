@@ -5,6 +5,7 @@ shortcut's projection) is parallel and joins it. Behind a `Transfer`, where the 
 been read, parameters belong to the next unit. All else belongs to the unit before it.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -60,11 +61,11 @@ def cut(backbone: nn.Module, image_shape: tuple[int, int, int]) -> list[CutUnit]
     graph = trace(backbone)
     modules = dict(backbone.named_modules())
     segments = _segments(graph, modules)
-    if not segments or segments[-1].name is None:
-        raise SpecError("backbone: holds no convolution, so there is nothing to cut into units")
+    _check(segments, modules)
     shapes = record_shapes(backbone, graph, image_shape)
-    owner = {node: index for index, segment in enumerate(segments) for node in segment.nodes}
-    return [_unit(index, segment, owner, modules, shapes) for index, segment in enumerate(segments)]
+    home = {node: -1 for node in graph.nodes if node.op == "placeholder"}
+    home |= {node: index for index, segment in enumerate(segments) for node in segment.nodes}
+    return [_unit(index, segment, home, modules, shapes) for index, segment in enumerate(segments)]
 
 
 def _segments(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[Segment]:
@@ -91,63 +92,80 @@ def _segments(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[Segment]:
     return segments
 
 
+def _check(segments: list[Segment], modules: dict[str, nn.Module]) -> None:
+    """Refuse what no unit could teach."""
+    if not segments or segments[0].name is None:
+        raise SpecError("backbone: holds no convolution, so there is nothing to cut into units")
+    taught: set[str] = set()
+    for segment in segments:
+        learning = [
+            node for node in _module_calls(segment) if any(True for _ in modules[str(node.target)].parameters())
+        ]
+        if segment.name is None:
+            raise SpecError(
+                f"backbone: '{learning[0].target}' learns behind the goodness of the last unit: nothing teaches it"
+            )
+        seen = {_activation(segment, modules)}
+        for node in reversed(segment.nodes):
+            if node in seen:
+                seen.update(node.all_input_nodes)
+        for node in learning:
+            target = str(node.target)
+            if node not in seen:
+                raise SpecError(
+                    f"backbone: '{target}' does not lead to what goodness reads of unit '{segment.name}', so nothing "
+                    f"teaches it; compute it later in the forward pass"
+                )
+            if target in taught:
+                raise SpecError(f"backbone: '{target}' is used twice, and a module can belong to one unit only")
+            taught.add(target)
+
+
+def _module_calls(segment: Segment) -> list[fx.Node]:
+    return [node for node in segment.nodes if node.op == "call_module"]
+
+
 def _unit(
     index: int,
     segment: Segment,
-    owner: dict[fx.Node, int],
+    home: dict[fx.Node, int],
     modules: dict[str, nn.Module],
     shapes: ShapeRecorder,
 ) -> CutUnit:
     own = set(segment.nodes)
-    crossing = [
-        node
-        for node, home in owner.items()
-        if home <= index and any(owner.get(user, len(owner)) > index for user in node.users)
-    ]
-    images = [
-        source
-        for node in owner
-        for source in node.all_input_nodes
-        if source.op == "placeholder" and owner[node] > index
-    ]
     entering = {source for node in segment.nodes for source in node.all_input_nodes if source not in own}
+    needed_later = [
+        node for node, at in home.items() if at <= index and any(home.get(user, index) > index for user in node.users)
+    ]
+    called = [(str(node.target), modules[str(node.target)]) for node in _module_calls(segment)]
+    parameters = [
+        f"{PREFIX}{target}.{name}"
+        for target, module in called
+        for name, tensor in module.named_parameters()
+        if tensor.requires_grad
+    ]
     output = segment.nodes[-1]
     activation = _activation(segment, modules)
-    steps = tuple(_step(node, modules) for node in segment.nodes)
-    called = [
-        (f"{node.target}.{name}", tensor)
-        for node in segment.nodes
-        if node.op == "call_module"
-        for name, tensor in modules[str(node.target)].named_parameters()
-    ]
-    buffers = [
-        f"{PREFIX}{node.target}.{name}"
-        for node in segment.nodes
-        if node.op == "call_module"
-        for name, _ in modules[str(node.target)].named_buffers()
-    ]
     assert segment.name is not None
     return CutUnit(
         name=segment.name,
-        steps=steps,
-        parameters=tuple(PREFIX + name for name, tensor in called if tensor.requires_grad),
-        buffers=tuple(buffers),
+        steps=tuple(_step(node, modules) for node in segment.nodes),
+        parameters=tuple(parameters),
+        buffers=tuple(f"{PREFIX}{target}.{name}" for target, module in called for name, _ in module.named_buffers()),
         macs=sum(shapes.macs.get(node.name, 0) for node in segment.nodes),
         activation=activation.name,
         activation_shape=shapes.shapes[activation.name][1:],
         output=output.name,
         output_shape=shapes.shapes[output.name][1:],
-        input_numel=sum(_numel(shapes.shapes[source.name]) for source in entering),
-        keeps=tuple(
-            dict.fromkeys([*(_value_name(node) for node in crossing), *(_value_name(node) for node in images)])
-        ),
+        input_numel=sum(math.prod(shapes.shapes[source.name][1:]) for source in entering),
+        keeps=tuple(_value_name(node) for node in needed_later),
     )
 
 
 def _activation(segment: Segment, modules: dict[str, nn.Module]) -> fx.Node:
     """What goodness reads: what enters the unit's transfer, or else what leaves the unit last."""
-    for node in segment.nodes:
-        if node.op == "call_module" and isinstance(modules[str(node.target)], Transfer):
+    for node in _module_calls(segment):
+        if isinstance(modules[str(node.target)], Transfer):
             return node.all_input_nodes[0]
     return segment.nodes[-1]
 
@@ -172,10 +190,3 @@ def _step(node: fx.Node, modules: dict[str, nn.Module]) -> Step:
 
 def _value_name(node: fx.Node) -> str:
     return INPUT if node.op == "placeholder" else node.name
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape[1:]:
-        total *= size
-    return total

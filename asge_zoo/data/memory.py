@@ -43,11 +43,12 @@ class MemoryDataset(Dataset):
     def loader(self, root: Path, *, seed: int, device: torch.device) -> "MemoryLoader":
         info = self.info()
         train, test = (self._prepared(images, info) for images in self.read(root))
-        if (len(train), len(test)) != (info.train_count, info.test_count):
-            raise DataError(
-                f"{self.kind} under {root} holds {len(train)} + {len(test)} images, not {info.train_count} + "
-                f"{info.test_count}; fetch it again"
-            )
+        for split, count in ((train, info.train_count), (test, info.test_count)):
+            if not len(split.images) == len(split.labels) == count:
+                raise DataError(
+                    f"{self.kind} under {root} holds {len(split.images)} images and {len(split.labels)} labels where "
+                    f"{count} belong; fetch it again"
+                )
         order = torch.randperm(len(train), generator=keyed_generator(seed, "validation"))
         return MemoryLoader(
             train=train.take(order[self.validation :]).to(device),

@@ -174,7 +174,7 @@ def build_optimizer(
     spec: Spec, graph: LocalGraph, total_steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """The spec's optimizer, the prediction's head a group of its own, and its schedule over all steps."""
-    named = list(graph.named_parameters())
+    named = list(graph.tensors()[0].items())
     head = set(graph.head_parameters)
     groups: list[dict[str, Any]] = [{"params": [item for item in named if item[0] not in head]}]
     if head:

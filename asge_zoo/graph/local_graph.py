@@ -100,7 +100,7 @@ class Rule(Component):
         Args:
             graph: the units, modules and prediction to use.
             params: every trainable parameter by name.
-            state: every buffer by name.
+            state: every buffer, and every frozen parameter, by name.
             images: (B, C, H, W), float, normalised.
             labels: (B,), int64.
         """
@@ -138,7 +138,7 @@ class LayerLocalRule(Rule):
 
             def objective(own: dict[str, Tensor], env=env, index=index, unit=unit):
                 updated = {name: state[name].clone() for name in unit.buffers}
-                after = unit.run(env, {**own, **updated})
+                after = unit.run(env, {**state, **own, **updated})
                 activation = after[unit.activation]
                 with full_precision(activation):
                     loss, logits = self.unit_loss(graph.bind_local(index, {**state, **own}), activation, labels)
@@ -223,6 +223,14 @@ class LocalGraph(nn.Module):
 
     # Training.
 
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """By name, what is trained, and all else: buffers and frozen parameters."""
+        params: dict[str, Tensor] = {}
+        fixed = dict(self.named_buffers())
+        for name, tensor in self.named_parameters():
+            (params if tensor.requires_grad else fixed)[name] = tensor
+        return params, fixed
+
     def step_fn(self, params: Values, state: Values, images: Tensor, labels: Tensor) -> StepResult:
         """One training step as a pure function of parameters, buffers and a batch (see `Rule.step`)."""
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
@@ -230,6 +238,8 @@ class LocalGraph(nn.Module):
 
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         """`step_fn`, compiled if the spec says so, on this module's own tensors. Changes nothing.
+
+        Dropout, where the backbone has it, draws from torch's generator: seed that for equal steps.
 
         Args:
             images: (B, C, H, W), float, normalised.
@@ -242,7 +252,7 @@ class LocalGraph(nn.Module):
                 else self.step_fn
             )
         with torch.no_grad():  # gradients are taken inside, by torch.func; nothing else may track them
-            return self._step(dict(self.named_parameters()), dict(self.named_buffers()), images, labels)
+            return self._step(*self.tensors(), images, labels)
 
     # Inference.
 

@@ -1,7 +1,9 @@
 """Goodness: what a local loss sees of a unit's activation map (equations 1 to 3)."""
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar, Literal
 
 import torch
@@ -41,7 +43,8 @@ class Goodness(Component):
 
 def partition_factor(alpha: float, shape: MapShape) -> int:
     """P = min(max(1, floor(alpha · C_L / C)), H, W), equation 3."""
-    return min(max(1, int(alpha * shape.last_channels / shape.channels)), shape.height, shape.width)
+    exact = Fraction(str(alpha)) * shape.last_channels / shape.channels  # 2.3 · 100 / 10 is 23, not 22.999…
+    return min(max(1, math.floor(exact)), shape.height, shape.width)
 
 
 def bin_weights(size: int, bins: int) -> Tensor:
@@ -76,9 +79,8 @@ class PatchMeanSquare(nn.Module):
             self.columns -= shape.width % partition
         self.even = self.rows % partition == 0 and self.columns % partition == 0
         if not self.even:
-            default = torch.get_default_dtype()
-            self.register_buffer("row_bins", bin_weights(self.rows, partition).to(default), persistent=False)
-            self.register_buffer("column_bins", bin_weights(self.columns, partition).to(default), persistent=False)
+            self.register_buffer("row_bins", bin_weights(self.rows, partition), persistent=False)
+            self.register_buffer("column_bins", bin_weights(self.columns, partition), persistent=False)
 
     def forward(self, activation: Tensor) -> Tensor:
         wide = torch.promote_types(activation.dtype, torch.float32)
@@ -88,7 +90,7 @@ class PatchMeanSquare(nn.Module):
             batch, channels, height, width = square.shape
             patches = square.reshape(batch, channels, p, height // p, p, width // p).mean((3, 5))
         else:
-            patches = self.row_bins @ square @ self.column_bins.mT
+            patches = self.row_bins.to(wide) @ square @ self.column_bins.to(wide).mT
         return patches.flatten(1)
 
 
