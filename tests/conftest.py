@@ -1,0 +1,70 @@
+"""What several test files share."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from tiny import tiny_spec
+
+from asge_zoo.cli.main import run
+from asge_zoo.engine.train import RunResult, train
+from asge_zoo.spec import Spec
+
+
+class Said(NamedTuple):
+    """A command line's exit code and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+class TrainedRun(NamedTuple):
+    """A finished run."""
+
+    spec: Spec
+    folder: Path
+    result: RunResult
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """`count` threads within, as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Networks this small spend their time waiting for threads."""
+    with torch_threads(1):
+        yield
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    """Three epochs on most of the digits, at an eighth of VGG8's width. Not to be changed: copy what you damage."""
+    spec = tiny_spec("data.validation=180", "data.batch_size=32", "backbone.width=0.125", "train.epochs=3")
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    with torch_threads(1):
+        return TrainedRun(spec, folder, train(spec, run_dir=folder, device="cpu"))
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """Runs one command line in this process."""
+
+    def run_line(*arguments: str | Path) -> Said:
+        capsys.readouterr()
+        code = run([str(argument) for argument in arguments])
+        written = capsys.readouterr()
+        return Said(code, written.out, written.err)
+
+    return run_line
