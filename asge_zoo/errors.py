@@ -3,7 +3,8 @@
 ZooError                exit code 2: bad input
 ├── SpecError           a spec, an override or a component's options
 ├── DataError           a dataset that is missing, unreadable or too small
-└── CheckpointError     a run directory or checkpoint that is missing, damaged or in the way
+├── CheckpointError     a run directory or checkpoint that is missing, damaged or in the way
+└── DivergenceError     a loss that is no longer finite
 """
 
 
@@ -23,3 +24,7 @@ class DataError(ZooError):
 
 class CheckpointError(ZooError):
     """A run directory or checkpoint is missing, damaged or in the way."""
+
+
+class DivergenceError(ZooError):
+    """A loss is no longer finite, so training stops."""

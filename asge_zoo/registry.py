@@ -124,7 +124,9 @@ class Slot:
         if not isinstance(kind, str) or kind not in known:
             hint = near_miss(str(kind), list(known))
             raise PydanticCustomError(
-                "unknown_kind", "unknown {group} '{kind}'{hint}", {"group": self.group, "kind": kind, "hint": hint}
+                "unknown_kind",
+                "unknown {group} '{kind}'{hint}",
+                {"group": self.group, "kind": str(kind)[:60], "hint": hint, "key": "kind"},
             )
         return known[kind].model_validate({**value, "kind": kind})
 
@@ -142,10 +144,11 @@ class Slot:
         known = components(self.group)
         choices = []
         for kind, component in known.items():
-            choice = handler.resolve_ref_schema(handler(component.__pydantic_core_schema__))
+            choice = handler(component.__pydantic_core_schema__)
             if kind != self.default:  # only the default kind may go unnamed
-                choice["required"] = sorted({*choice.get("required", []), "kind"})
-            choices.append(handler(component.__pydantic_core_schema__))
+                described = handler.resolve_ref_schema(choice)
+                described["required"] = sorted({*described.get("required", []), "kind"})
+            choices.append(choice)
         return {"oneOf": choices, "description": f"One {self.group}: {', '.join(known)}."}
 
 

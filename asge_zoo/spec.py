@@ -4,8 +4,10 @@
 written out. Its digest is what run directories and checkpoints are compared by.
 """
 
+import copy
 import hashlib
 import json
+import textwrap
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -84,9 +86,9 @@ def load_spec(source: str | Path | dict[str, Any], *, overrides: Iterable[str] =
         SpecError: with the file and the JSON path of what is wrong.
     """
     where = "spec" if isinstance(source, dict) else str(source)
-    raw = json.loads(json.dumps(source)) if isinstance(source, dict) else _read(Path(source))
+    raw = copy.deepcopy(source) if isinstance(source, dict) else _read(Path(source))
     if not isinstance(raw, dict):
-        raise SpecError(f"{where}: a spec is a JSON object, not a {type(raw).__name__}")
+        raise SpecError(f"{where}: a spec is a JSON object, and this is none; begin with {{")
     for override in overrides:
         apply_override(raw, override)
     try:
@@ -109,7 +111,7 @@ def _read(path: Path) -> Any:
         raise SpecError(
             f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); mend it there"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SpecError(f"{path}: can't be read as a spec ({error})") from None
 
 
@@ -127,16 +129,23 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         raise SpecError(f"--set {override}: must read path.to.field=value, such as train.epochs=10")
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # not JSON, or more than it can hold
         value = text
     node = raw
     for depth, key in enumerate(keys[:-1], start=1):
         node = node.setdefault(key, {})
         if not isinstance(node, dict):
             raise SpecError(f"--set {override}: {'.'.join(keys[:depth])} is not an object, so it has no fields")
-    if keys[-1] == "kind" and node.get("kind", value) != value:
+    if keys[-1] == "kind" and node.get("kind", _default_kind(keys[:-1])) not in (None, value):
         node.clear()
     node[keys[-1]] = value
+
+
+def _default_kind(keys: list[str]) -> str | None:
+    """The kind that stands where the spec names none, for one of its own fields; else None."""
+    field = Spec.model_fields.get(keys[0]) if len(keys) == 1 else None
+    slots = [mark for mark in field.metadata if isinstance(mark, Slot)] if field else []
+    return slots[0].default if slots else None
 
 
 def describe(error: ValidationError) -> str:
@@ -159,5 +168,6 @@ def _flatten(error: ValidationError, prefix: tuple[str | int, ...]) -> Iterable[
             location = (*location, context["key"])
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] not in ("missing", "unknown_key", "unknown_kind", "component"):
-            message = f"{message[:1].lower()}{message[1:]}, got {json.dumps(item['input'], default=str)}"
+            given = textwrap.shorten(json.dumps(item["input"], default=str), 60, placeholder=" …")
+            message = f"{message[:1].lower()}{message[1:]}, got {given}"
         yield ".".join(map(str, location)), message

@@ -10,7 +10,7 @@ from asge_zoo.cli import options
 
 
 @click.command("ls")
-@click.argument("what", type=click.Choice(["specs", "components", "datasets"]))
+@click.argument("what", metavar="WHAT", type=click.Choice(["specs", "components", "datasets"]))
 @options.data_root
 @options.as_json
 def ls(what: str, data_root: Path | None, as_json: bool) -> None:

@@ -25,5 +25,5 @@ def verify(path: Path, as_json: bool) -> int:
     else:
         for problem in problems:
             print(problem)
-        print(f"{len(found)} checkpoint{'s' if len(found) > 1 else ''} checked, {len(problems)} problems")
+        print(f"checkpoints checked: {len(found)}, problems: {len(problems)}")
     return 1 if problems else 0

@@ -12,7 +12,7 @@ from asge_zoo.graph.unit import Unit
 from asge_zoo.ops.goodness import MapShape
 from asge_zoo.ops.norm import Norm
 from asge_zoo.ops.pooling import Pooling
-from asge_zoo.random import keyed_generator, keyed_seed
+from asge_zoo.seeding import keyed_generator, keyed_seed
 from asge_zoo.spec import Spec
 
 

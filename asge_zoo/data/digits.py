@@ -10,8 +10,8 @@ from pydantic import Field, PositiveInt
 from asge_zoo.data.base import DatasetInfo, Images
 from asge_zoo.data.memory import MemoryDataset
 from asge_zoo.errors import DataError
-from asge_zoo.random import keyed_generator
 from asge_zoo.registry import register
+from asge_zoo.seeding import keyed_generator
 
 TEST_COUNT = 360
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from asge_zoo.data.augment import augment_batch
 from asge_zoo.data.base import Augment, Batch, Dataset, DatasetInfo, Images, Loader
 from asge_zoo.errors import DataError
-from asge_zoo.random import keyed_generator
+from asge_zoo.seeding import keyed_generator
 
 
 class MemoryDataset(Dataset):

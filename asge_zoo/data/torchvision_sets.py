@@ -50,7 +50,7 @@ class TorchvisionSet(MemoryDataset):
         """Fetch into a folder beside and rename, so that a broken download leaves nothing behind."""
         import torchvision.datasets
 
-        created = not root.exists()
+        created = [folder for folder in (root, *root.parents) if not folder.exists()]
         try:
             root.mkdir(parents=True, exist_ok=True)
             with (
@@ -60,8 +60,9 @@ class TorchvisionSet(MemoryDataset):
                 getattr(torchvision.datasets, self.torchvision_name)(folder, download=True)
                 os.rename(Path(folder) / self.folder, root / self.folder)
         except Exception as error:  # network, disk: torchvision raises RuntimeError, URLError, OSError
-            if created and root.is_dir():
-                root.rmdir()
+            for folder in created:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
             raise DataError(
                 f"{self.kind} is not under {root} and can't be downloaded ({_one_line(error)}); put torchvision's "
                 f"'{self.folder}' folder there, or name its parent with --data-root or ASGE_ZOO_DATA"

@@ -109,15 +109,21 @@ def all_checkpoints(path: str | Path) -> list[Path]:
     path = Path(path)
     if (path / MANIFEST).is_file():
         return [path]
-    found = sorted(folder for folder in path.glob("**/checkpoints/*") if not folder.name.startswith("."))
-    return found or [find_checkpoint(path)]
+    found = {
+        folder.resolve()
+        for kept in path.glob("**/checkpoints")
+        for folder in (*kept.iterdir(), kept.parent / "best", kept.parent / "last")
+        if not folder.name.startswith(".") and (folder.is_symlink() or folder.exists())
+    }
+    return sorted(found) or [find_checkpoint(path)]
 
 
 def check_files(folder: Path) -> list[str]:
     """What is wrong with a checkpoint's files against its manifest, one line each."""
     try:
-        sums = json.loads((folder / MANIFEST).read_text())["sha256"]
-        wanted = {str(name): str(value) for name, value in sums.items()}
+        manifest = json.loads((folder / MANIFEST).read_text())
+        wanted = {str(name): str(value) for name, value in manifest["sha256"].items()}
+        spec_sha256 = manifest["spec_sha256"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{folder / MANIFEST}: can't be read ({type(error).__name__})"]
     problems = [f"{folder / MANIFEST}: does not list {name}" for name in (MODEL, SPEC) if name not in wanted]
@@ -127,12 +133,14 @@ def check_files(folder: Path) -> list[str]:
             problems.append(f"{file}: is missing")
         elif sha256_file(file) != wanted_sum:
             problems.append(f"{file}: its sha256 is not the manifest's")
-    return problems or _check_tensors(folder / MODEL)
+    return problems or _check_tensors(folder / MODEL, spec_sha256)
 
 
-def _check_tensors(file: Path) -> list[str]:
+def _check_tensors(file: Path, spec_sha256: str) -> list[str]:
     try:
         with safetensors.safe_open(file, framework="pt") as archive:
+            if archive.metadata()["spec_sha256"] != spec_sha256:
+                return [f"{file}: belongs to another spec than its manifest's"]
             sums = json.loads(archive.metadata()["sha256"])
             names = list(archive.keys())
             wrong = [name for name in names if tensor_sha256(archive.get_tensor(name)) != sums.get(name)]

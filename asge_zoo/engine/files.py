@@ -49,8 +49,12 @@ def point(link: Path, target: Path) -> None:
     """Make `link` a relative symbolic link to `target`, atomically."""
     temporary = link.with_name(f".{link.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
-    temporary.symlink_to(os.path.relpath(target, link.parent))
-    os.replace(temporary, link)
+    try:
+        temporary.symlink_to(os.path.relpath(target, link.parent))
+        os.replace(temporary, link)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(link.parent)
 
 

@@ -1,10 +1,12 @@
 """What an epoch's training batches came to."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from asge_zoo.errors import DivergenceError
 from asge_zoo.graph.local_graph import StepResult
 
 
@@ -39,6 +41,26 @@ class TrainMeter:
         losses = torch.cat([result.head_loss[None], result.losses[: len(result.unit_logits)]])
         self._batches.append(torch.stack([right.to(losses.dtype), losses]))  # (2, 1 + units)
         self._count += len(labels)
+
+    def check_finite(self, names: Sequence[str], epoch: int) -> None:
+        """Refuse to go on from a loss that is not finite.
+
+        Args:
+            names: of the units.
+            epoch: from 1.
+
+        Raises:
+            DivergenceError: names the first step, counted from 1, and the first unit in it.
+        """
+        losses = torch.stack([batch[1] for batch in self._batches])  # (batches, 1 + units)
+        bad = (~losses.isfinite()).nonzero().tolist()
+        if bad:
+            step, column = min(bad, key=lambda place: (place[0], place[1] or len(names) + 1))
+            of = f"unit {names[column - 1]}" if column else "the prediction"
+            raise DivergenceError(
+                f"the loss of {of} is not finite in epoch {epoch}, step {step + 1}; lower optimizer.lr (the run "
+                f"directory keeps the checkpoints of the epochs before)"
+            )
 
     def means(self) -> TrainStats:
         """Means of all batches so far."""

@@ -33,8 +33,8 @@ from asge_zoo.evaluate import Evaluation, evaluate
 from asge_zoo.graph.local_graph import LocalGraph
 from asge_zoo.optim.optimizers import Optimizer
 from asge_zoo.optim.schedules import Schedule
-from asge_zoo.random import keyed_seed
 from asge_zoo.report.plots import plot_curves, plot_units
+from asge_zoo.seeding import keyed_seed
 from asge_zoo.spec import Spec
 
 
@@ -65,7 +65,9 @@ class RunResult:
     def to_json(self) -> dict[str, Any]:
         """As JSON values; `std` and `runs` only where there are several runs."""
         values = asdict(self)
-        return values if self.runs else {key: values[key] for key in values if key not in ("std", "runs")}
+        if self.runs:
+            return {**values, "runs": [run.to_json() for run in self.runs]}
+        return {key: values[key] for key in values if key not in ("std", "runs")}
 
 
 def train(
@@ -204,7 +206,11 @@ def train_epoch(
     seed: int,
     progress: RunProgress,
 ) -> TrainStats:
-    """One pass over the training images; returns means over its batches, as they were trained on."""
+    """One pass over the training images; returns means over its batches, as they were trained on.
+
+    Raises:
+        DivergenceError: a loss was not finite.
+    """
     graph.train()
     parameters, buffers = dict(graph.named_parameters()), dict(graph.named_buffers())
     meter = TrainMeter()
@@ -219,4 +225,5 @@ def train_epoch(
             buffers[name].copy_(value)
         meter.update(result, labels)
         progress.advance(len(labels))
+    meter.check_finite([unit.name for unit in graph.units], epoch + 1)
     return meter.means()

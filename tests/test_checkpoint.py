@@ -1,0 +1,493 @@
+"""Checkpoints: what goes in comes out bitwise, what is damaged is found, and nothing is ever half there."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from conftest import TrainedRun, torch_threads
+from tiny import tiny_spec
+from torch import Tensor
+
+from asge_zoo.compiler.build import compile_spec
+from asge_zoo.engine import files
+from asge_zoo.engine.checkpoint import (
+    all_checkpoints,
+    check_files,
+    find_checkpoint,
+    load,
+    load_checkpoint,
+    pack,
+    save_checkpoint,
+)
+from asge_zoo.engine.run_dir import keep_checkpoint
+from asge_zoo.engine.train import build_optimizer
+from asge_zoo.errors import CheckpointError
+from asge_zoo.graph.local_graph import LocalGraph
+from asge_zoo.spec import Spec
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "spec.json", "manifest.json"]
+STEPS = 40
+
+
+class State(NamedTuple):
+    """What a checkpoint is made of."""
+
+    spec: Spec
+    graph: LocalGraph
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """One training step."""
+        parameters = dict(self.graph.named_parameters())
+        for name, gradient in self.graph.train().step(images, labels).grads.items():
+            parameters[name].grad = gradient
+        self.optimizer.step()
+        self.scheduler.step()
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint."""
+        save_checkpoint(folder, **self._asdict(), progress={"epoch": 1})
+
+
+def a_batch(spec: Spec, seed: int) -> tuple[Tensor, Tensor]:
+    """Images as the spec's network takes them, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    side = spec.resolved()["data"]["size"]
+    return torch.randn(8, 1, side, side, generator=generator), torch.randint(10, (8,), generator=generator)
+
+
+def a_state(*overrides: str, steps: int = 2) -> State:
+    """A tiny network after a few steps."""
+    spec = tiny_spec(*overrides)
+    graph = compile_spec(spec)
+    state = State(spec, graph, *build_optimizer(spec, graph, STEPS))
+    for seed in range(steps):
+        state.step(*a_batch(spec, seed))
+    return state
+
+
+def names_in(folder: Path) -> list[str]:
+    """What a folder holds, hidden or not."""
+    return sorted(os.listdir(folder))
+
+
+@pytest.fixture(scope="module")
+def state() -> State:
+    """A tiny network after two steps."""
+    with torch_threads(1):
+        return a_state()
+
+
+@pytest.fixture(scope="module")
+def whole(state: State, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its checkpoint. Not to be changed: take `copy`."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "whole"
+    state.save(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint, to damage."""
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+# What goes in comes out.
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("rule.kind=bp", "prediction.kind=last"),
+        ("prediction.kind=best", "backbone.extra_conv=true"),
+        ("norm.affine=true", "backbone.bias=false"),
+        ("rule.goodness.alpha=1.5", "data.size=20"),
+        ("train.precision=bfloat16",),
+    ],
+    ids=" ".join,
+)
+def test_round_trip(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    state = a_state(*overrides)
+    state.graph.prediction.select(state.graph.head, [10.0, 30.0, *[20.0] * (len(state.graph.units) - 2)])
+    state.save(tmp_path / "checkpoint")
+    assert check_files(tmp_path / "checkpoint") == []
+    graph, spec = load_checkpoint(tmp_path / "checkpoint")
+    assert spec == state.spec
+    assert not graph.training
+    saved, loaded = state.graph.eval().state_dict(), graph.state_dict()
+    assert saved.keys() == loaded.keys()
+    assert not [name for name in saved if not torch.equal(saved[name], loaded[name])]
+    images, _ = a_batch(spec, seed=9)
+    with torch.no_grad():
+        assert torch.equal(graph(images), state.graph(images))
+        for one, two in zip(graph.unit_logits(images), state.graph.unit_logits(images), strict=True):
+            assert torch.equal(one, two)
+
+
+def test_load_takes_the_best_of_a_run(trained: TrainedRun) -> None:
+    loaded = load(trained.folder)
+    weights = safetensors.torch.load_file(trained.folder / "best" / "model.safetensors")
+    assert not loaded.training
+    assert not [name for name, tensor in loaded.state_dict().items() if not torch.equal(tensor, weights[name])]
+    assert find_checkpoint(trained.folder) == trained.folder / "best"
+    assert find_checkpoint(trained.folder / "last") == trained.folder / "last"
+
+
+def test_optimizer_and_schedule_come_back(state: State, whole: Path) -> None:
+    """A network, optimizer and schedule filled from the files take the very steps that the saved ones take."""
+    restored = a_state(steps=0)
+    saved = json.loads((whole / "state.json").read_text())
+    assert saved["progress"] == {"epoch": 1}
+    restored.graph.load_state_dict(safetensors.torch.load_file(whole / "model.safetensors"))
+    names = [name for group in saved["optimizer"] for name in group["param_names"]]
+    assert sorted(names) == sorted(name for name, _ in restored.graph.named_parameters())
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in safetensors.torch.load_file(whole / "optimizer.safetensors").items():
+        name, _, what = key.rpartition("|")
+        moments.setdefault(names.index(name), {})[what] = tensor
+    restored.optimizer.load_state_dict({"state": moments, "param_groups": saved["optimizer"]})
+    restored.scheduler.load_state_dict(saved["schedule"])
+    assert {what for entry in moments.values() for what in entry} == {"step", "exp_avg", "exp_avg_sq"}
+    assert restored.scheduler.get_last_lr() == state.scheduler.get_last_lr()
+    going_on = a_state()  # the same two steps, in memory all along
+    for seed in (7, 8):
+        going_on.step(*a_batch(state.spec, seed))
+        restored.step(*a_batch(state.spec, seed))
+    for (name, one), two in zip(going_on.graph.named_parameters(), restored.graph.parameters(), strict=True):
+        assert torch.equal(one, two), name
+    assert going_on.scheduler.get_last_lr() == restored.scheduler.get_last_lr()
+
+
+def test_momentum_is_saved_too(tmp_path: Path) -> None:
+    state = a_state("optimizer.kind=sgd")
+    state.save(tmp_path / "checkpoint")
+    moments = safetensors.torch.load_file(tmp_path / "checkpoint" / "optimizer.safetensors")
+    assert set(moments) == {f"{name}|momentum_buffer" for name, _ in state.graph.named_parameters()}
+
+
+# What is in the files.
+
+
+def test_a_run_holds_safetensors_json_and_pictures_alone(trained: TrainedRun) -> None:
+    """Every file is what its name says; there is nothing to unpickle."""
+    found = [file for file in trained.folder.rglob("*") if file.is_file()]
+    assert len(found) > 10
+    for file in found:
+        if file.suffix == ".safetensors":
+            safetensors.torch.load_file(file)
+        elif file.suffix in (".json", ".jsonl"):
+            text = file.read_text()
+            for part in text.splitlines() if file.suffix == ".jsonl" else [text]:
+                json.loads(part)
+        else:
+            assert file.suffix == ".png" and file.read_bytes().startswith(b"\x89PNG"), file
+
+
+def test_the_files_of_a_checkpoint(whole: Path) -> None:
+    assert names_in(whole) == sorted(FILES)
+
+
+def test_the_manifest_holds_the_sums_of_the_files(whole: Path, state: State) -> None:
+    manifest = json.loads((whole / "manifest.json").read_text())
+    sums = {name: hashlib.sha256((whole / name).read_bytes()).hexdigest() for name in FILES[:-1]}
+    assert manifest["sha256"] == sums
+    assert manifest["spec_sha256"] == state.spec.digest()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+def test_each_tensor_has_its_sum_in_the_metadata(name: str, whole: Path, state: State) -> None:
+    with safetensors.safe_open(whole / name, framework="pt") as archive:
+        metadata = archive.metadata()
+        tensors = {key: archive.get_tensor(key) for key in archive.keys()}
+    sums = {key: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for key, tensor in tensors.items()}
+    assert json.loads(metadata["sha256"]) == sums
+    assert metadata["spec_sha256"] == state.spec.digest()
+
+
+def test_any_layout_of_a_tensor_can_be_saved() -> None:
+    """safetensors itself refuses tensors that are not contiguous."""
+    plain = torch.arange(48.0).reshape(2, 2, 3, 4)
+    layouts = {
+        "channels_last": plain.to(memory_format=torch.channels_last),
+        "part": plain[:, :, ::2],
+        "scalar": plain.sum(),
+    }
+    back = safetensors.torch.load(pack(layouts, {"format": "pt"}))
+    assert all(torch.equal(back[name], tensor) for name, tensor in layouts.items())
+
+
+# What is damaged is found.
+
+
+def flipped(content: bytes, position: int, mask: int) -> bytes:
+    """`content` with some bits of one byte flipped."""
+    return content[:position] + bytes([content[position] ^ mask]) + content[position + 1 :]
+
+
+def damages(content: bytes, count: int) -> Iterator[bytes]:
+    """`content` with its first, its last, or one of `count` other bytes changed."""
+    draw = random.Random(0)
+    for position in [0, len(content) - 1, *(draw.randrange(len(content)) for _ in range(count))]:
+        yield flipped(content, position, draw.randrange(1, 256))
+
+
+def assert_refused(folder: Path, *words: str) -> None:
+    """`load` refuses it in one line that holds these words."""
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert str(folder) in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("name", FILES[:-1])
+def test_a_flipped_byte_is_found(name: str, copy: Path) -> None:
+    assert check_files(copy) == []
+    content = (copy / name).read_bytes()
+    for damaged in damages(content, 40):
+        (copy / name).write_bytes(damaged)
+        assert check_files(copy) == [f"{copy / name}: its sha256 is not the manifest's"]
+    assert_refused(copy, name, "sha256")
+    (copy / name).write_bytes(content)
+    assert check_files(copy) == []
+
+
+def test_a_flipped_bit_of_the_manifest_is_found(copy: Path) -> None:
+    content = (copy / "manifest.json").read_bytes()
+    missed = []
+    for position in range(len(content)):
+        (copy / "manifest.json").write_bytes(flipped(content, position, 1 << position % 8))
+        if not check_files(copy):
+            missed.append(position)
+    assert missed == [], "these flips go by: " + " ".join(repr(content[p : p + 1]) for p in missed)
+
+
+def test_a_tensor_that_differs_from_its_sum_is_found(copy: Path) -> None:
+    """Even where someone made the manifest fit the changed file."""
+    weights = safetensors.torch.load_file(copy / "model.safetensors")
+    with safetensors.safe_open(copy / "model.safetensors", framework="pt") as archive:
+        metadata = archive.metadata()
+    weights["backbone.conv3.weight"][0, 0, 0, 0] += 1e-3
+    safetensors.torch.save_file(weights, copy / "model.safetensors", metadata)
+    write_manifest_for(copy)
+    said = "tensor backbone.conv3.weight does not have the sha256 of its metadata"
+    assert check_files(copy) == [f"{copy / 'model.safetensors'}: {said}"]
+    assert_refused(copy, said)
+
+
+def write_manifest_for(folder: Path) -> None:
+    """Make the manifest fit the files as they are now."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in manifest["sha256"]:
+        manifest["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kept", ["nothing", "one byte", "half", "all but one byte"])
+def test_a_truncated_file_is_found(name: str, kept: str, copy: Path) -> None:
+    content = (copy / name).read_bytes()
+    length = {"nothing": 0, "one byte": 1, "half": len(content) // 2, "all but one byte": len(content) - 1}[kept]
+    if name == "manifest.json" and kept == "all but one byte":
+        length -= 1  # the last byte is a newline, which JSON does without
+    (copy / name).write_bytes(content[:length])
+    assert len(check_files(copy)) == 1
+    assert_refused(copy, name)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_found(name: str, copy: Path) -> None:
+    (copy / name).unlink()
+    problems = check_files(copy)
+    assert len(problems) == 1 and name in problems[0]
+    assert_refused(copy, name)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"{}", b"[]", b"null", b'{"sha256": {}}', b'{"sha256": []}', b'{"sha256": {"../secret": "00"}}', b"\xff\xff"],
+)
+def test_a_manifest_of_another_shape_is_found(content: bytes, copy: Path) -> None:
+    (copy / "manifest.json").write_bytes(content)
+    assert check_files(copy)
+    assert_refused(copy, "manifest.json")
+
+
+def test_a_file_put_in_another_ones_place_is_found(copy: Path) -> None:
+    (copy / "state.json").write_bytes((copy / "spec.json").read_bytes())
+    assert_refused(copy, "state.json", "sha256")
+
+
+def test_weights_that_do_not_fit_their_spec_are_refused(copy: Path) -> None:
+    """Whole files that do not belong together: the spec of a wider network."""
+    (copy / "spec.json").write_text(json.dumps(tiny_spec("backbone.width=0.1").resolved()))
+    write_manifest_for(copy)
+    assert_refused(copy, "does not fit its own spec")
+
+
+@pytest.mark.parametrize("what", ["file", "empty folder", "nothing", "folder of something else"])
+def test_what_is_no_checkpoint_is_refused(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "thing"
+    if what == "file":
+        path.write_text("{}")
+    elif what != "nothing":
+        path.mkdir()
+    if what == "folder of something else":
+        (path / "model.safetensors").write_bytes(b"")
+    for find in (load, find_checkpoint, all_checkpoints):
+        with pytest.raises(CheckpointError, match="thing: (no such|neither a checkpoint nor)"):
+            find(path)
+
+
+def test_several_runs_must_be_told_apart(trained: TrainedRun, tmp_path: Path) -> None:
+    for seed in ("seed-0", "seed-1"):
+        shutil.copytree(trained.folder, tmp_path / seed, symlinks=True)
+    with pytest.raises(CheckpointError, match=r"holds several runs; name one of seed-0, seed-1, such as .*seed-0"):
+        load(tmp_path)
+    assert len(all_checkpoints(tmp_path)) == 2 * len(all_checkpoints(trained.folder))
+
+
+# Nothing is ever half there.
+
+
+def failing(name: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `os.<name>` raise at its `at`-th call, counted from 1."""
+    real: Callable[..., Any] = getattr(os, name)
+    calls = 0
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise OSError(28, "No space left on device")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(os, name, fail)
+
+
+@pytest.mark.parametrize(("call", "at"), [("rename", 1), *(("fsync", at) for at in range(1, len(FILES) + 2))])
+def test_an_interrupted_checkpoint_is_not_there(
+    call: str, at: int, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file's fsync, the folder's own, then the rename."""
+    failing(call, at, monkeypatch)
+    with pytest.raises(OSError, match="No space left"):
+        state.save(tmp_path / "checkpoint")
+    assert names_in(tmp_path) == []
+
+
+def test_a_checkpoint_is_there_once_it_is_renamed(
+    state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing("fsync", len(FILES) + 2, monkeypatch)  # the parent's, behind the rename
+    with pytest.raises(OSError, match="No space left"):
+        state.save(tmp_path / "checkpoint")
+    assert names_in(tmp_path) == ["checkpoint"]
+    assert check_files(tmp_path / "checkpoint") == []
+
+
+def test_it_is_whole_when_it_appears(state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file is written under the checkpoint's own name, and the manifest comes last."""
+    folder = tmp_path / "checkpoint"
+    written: list[tuple[str, bool]] = []
+    monkeypatch.setattr(files, "_write", lambda file, _: written.append((Path(file.name).name, folder.exists())))
+    state.save(folder)
+    assert sorted(written) == [(name, False) for name in sorted(FILES)]
+    assert written[-1][0] == "manifest.json"
+    assert names_in(tmp_path) == ["checkpoint"]
+
+
+def test_a_checkpoint_is_never_written_over(state: State, copy: Path) -> None:
+    with pytest.raises(OSError):
+        state.save(copy)
+    assert names_in(copy.parent) == ["copy"]
+    assert check_files(copy) == []
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_an_interrupted_file_leaves_the_old_one(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "result.json"
+    files.write_file(file, b"old")
+    failing(call, 1, monkeypatch)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_file(file, b"new")
+    assert names_in(tmp_path) == ["result.json"]
+    assert file.read_bytes() == b"old"
+
+
+def test_an_interrupted_link_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    files.point(tmp_path / "best", tmp_path / "one")
+    failing("replace", 1, monkeypatch)
+    with pytest.raises(OSError, match="No space left"):
+        files.point(tmp_path / "best", tmp_path / "two")
+    assert names_in(tmp_path) == ["best", "one", "two"]
+    assert (tmp_path / "best").resolve() == tmp_path / "one"
+
+
+def test_an_interrupted_epoch_leaves_the_last_ones_checkpoints(
+    state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    keep_checkpoint(tmp_path, True, progress={"epoch": 1}, **state._asdict())
+    before = names_in(tmp_path / "checkpoints")
+    failing("rename", 1, monkeypatch)
+    with pytest.raises(OSError, match="No space left"):
+        keep_checkpoint(tmp_path, True, progress={"epoch": 2}, **state._asdict())
+    assert names_in(tmp_path) == ["best", "checkpoints", "last"]
+    assert names_in(tmp_path / "checkpoints") == before == ["epoch-0001"]
+    assert check_files(tmp_path / "best") == check_files(tmp_path / "last") == []
+
+
+def test_best_and_last_are_kept_and_no_other(state: State, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for epoch, improved in enumerate((True, True, False, False), start=1):
+        keep_checkpoint(tmp_path, improved, progress={"epoch": epoch}, **state._asdict())
+    assert names_in(tmp_path / "checkpoints") == ["epoch-0002", "epoch-0004"]
+    assert not os.path.isabs(os.readlink(tmp_path / "best")), "the run directory may be moved"
+
+
+def test_a_kept_checkpoint_that_is_gone_is_found(state: State, tmp_path: Path) -> None:
+    """Where best is deleted and last is whole, checking the run must not say that all is well."""
+    (tmp_path / "checkpoints").mkdir()
+    for epoch, improved in enumerate((True, False), start=1):
+        keep_checkpoint(tmp_path, improved, progress={"epoch": epoch}, **state._asdict())
+    assert [problem for folder in all_checkpoints(tmp_path) for problem in check_files(folder)] == []
+    shutil.rmtree(tmp_path / "checkpoints" / "epoch-0001")
+    problems = [problem for folder in all_checkpoints(tmp_path) for problem in check_files(folder)]
+    assert len(problems) == 1 and "epoch-0001" in problems[0]
+
+
+@pytest.fixture
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Sets the process's umask for a test."""
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002], indirect=True, ids=oct)
+def test_modes_follow_the_umask(umask: int, state: State, tmp_path: Path) -> None:
+    state.save(tmp_path / "checkpoint")
+    files.write_file(tmp_path / "result.json", b"{}")
+    files.append_line(tmp_path / "metrics.jsonl", "{}")
+    written = [tmp_path / "result.json", tmp_path / "metrics.jsonl", *(tmp_path / "checkpoint").iterdir()]
+    assert {file.stat().st_mode & 0o777 for file in written} == {0o666 & ~umask}
+    assert (tmp_path / "checkpoint").stat().st_mode & 0o777 == 0o777 & ~umask
+    assert os.umask(umask) == umask, "asking for the umask must not change it"
