@@ -98,7 +98,7 @@ def load_spec(source: str | Path | dict[str, Any], *, overrides: Iterable[str] =
 
 
 def _read(path: Path) -> Any:
-    if not path.exists():
+    if not path.is_file():
         shipped = shipped_specs()
         if str(path) not in shipped:
             raise SpecError(
@@ -148,6 +148,9 @@ def _default_kind(keys: list[str]) -> str | None:
     return slots[0].default if slots else None
 
 
+REMEDIES = {"bool_type": "; write true or false", "float_type": "; write a JSON number, such as 0.001"}
+
+
 def describe(error: ValidationError) -> str:
     """One line for the first thing that is wrong, with its JSON path, and how many more there are."""
     found = list(_flatten(error, ()))
@@ -169,5 +172,5 @@ def _flatten(error: ValidationError, prefix: tuple[str | int, ...]) -> Iterable[
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] not in ("missing", "unknown_key", "unknown_kind", "component"):
             given = textwrap.shorten(json.dumps(item["input"], default=str), 60, placeholder=" …")
-            message = f"{message[:1].lower()}{message[1:]}, got {given}"
+            message = f"{message[:1].lower()}{message[1:]}, got {given}{REMEDIES.get(item['type'], '')}"
         yield ".".join(map(str, location)), message

@@ -45,7 +45,7 @@ def main() -> None:
     spec = load_spec(options.spec, overrides=options.overrides)
     device, seed = pick_device(options.device), spec.train.seed
     graph = compile_spec(spec, device=device)
-    loader = parts(spec)[0].loader(data_root(options.data_root), seed=seed, device=device)
+    loader = parts(spec).data.loader(data_root(options.data_root), seed=seed, device=device)
     optimizer, scheduler = build_optimizer(spec, graph, loader.steps())
     images, labels = next(loader.train_batches(0))
     time_steps(graph, images, labels, 5)  # compiles, warms up

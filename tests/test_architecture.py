@@ -22,8 +22,9 @@ ORDER = (
     ("graph",),
     ("backbones", "rules", "predict", "data", "optim"),
     ("compiler",),
-    ("evaluate", "engine.device", "engine.files", "report.plots"),
-    ("engine", "report"),
+    ("evaluate",),
+    ("engine",),
+    ("report",),
     ("cli",),
     ("__init__", "__main__"),
 )

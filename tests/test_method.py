@@ -370,7 +370,7 @@ def test_best_stops_at_the_chosen_unit(unit: int) -> None:
     assert sum(torch.equal(logits, each) for each in unit_logits) == 1
     result = graph.step(images, labels)
     assert torch.equal(result.logits, result.unit_logits[unit])
-    assert result.head_loss == 0
+    assert torch.equal(result.head_loss, F.cross_entropy(result.logits, labels))
 
 
 def test_best_choice_is_saved() -> None:

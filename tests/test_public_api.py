@@ -17,7 +17,7 @@ COMMAND_LINE = {
     "eval": "CHECKPOINT --split --data-root --device --json",
     "validate": "SPEC --set --json",
     "explain": "SPEC --set --json",
-    "schema": "",
+    "schema": "--json",
     "ls": "WHAT --data-root --json",
     "verify": "PATH --json",
     "doctor": "--data-root --json",

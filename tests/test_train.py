@@ -2,8 +2,11 @@
 
 import itertools
 import json
+import os
 import statistics
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import Said, TrainedRun
-from tiny import tiny_spec
+from tiny import TINY, tiny_spec
 from torch import Tensor
 
 from asge_zoo.data.base import Images
@@ -357,3 +360,28 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(DivergenceError, match=r"unit conv1 is not finite in epoch 1, step 2; lower optimizer.lr"):
         train(tiny_spec("optimizer.lr=1e30"), run_dir=tmp_path / "run", device="cpu")
     assert (tmp_path / "run" / "spec.json").is_file()
+
+
+@pytest.mark.compile
+def test_without_a_compiler_nothing_is_written(tmp_path: Path) -> None:
+    """One line that says what to install, or to train without; no run directory is left."""
+    spec = tmp_path / "tiny.json"
+    spec.write_text(json.dumps({**TINY, "train": {"epochs": 1}}))
+    there = {**os.environ, "CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [
+        sys.executable,
+        "-m",
+        "asge_zoo",
+        "train",
+        str(spec),
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--device",
+        "cpu",
+    ]
+    ended = subprocess.run(command, env=there, capture_output=True, text=True)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    line = ended.stderr.splitlines()[-1]
+    assert line.startswith("asge-zoo: train.compile: torch.compile does not work here")
+    assert "install a C++ compiler (g++), or train with --set train.compile=false" in line
+    assert not (tmp_path / "run").exists()

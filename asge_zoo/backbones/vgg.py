@@ -24,7 +24,7 @@ class VGG(Backbone):
 
     layout: ClassVar[tuple[tuple[int, bool], ...]]
 
-    width: PositiveFloat = Field(default=1.0, description="Multiplies every layer's channels.")
+    width: PositiveFloat = Field(default=1.0, le=64, description="Multiplies every layer's channels.")
     extra_conv: bool = Field(
         default=False, description="A copy of the last convolution in the classifier's place: the network of Best."
     )

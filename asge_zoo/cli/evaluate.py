@@ -24,7 +24,7 @@ def evaluate(checkpoint: Path, split: str, data_root: Path | None, device: str |
 
     chosen, root = pick_device(device), find_root(data_root)
     graph, spec = load_checkpoint(find_checkpoint(checkpoint), device=chosen)
-    loader = parts(spec)[0].loader(root, seed=spec.train.seed, device=chosen)
+    loader = parts(spec).data.loader(root, seed=spec.train.seed, device=chosen)
     found = measure(graph, loader.split_batches(split))
     report = {
         "accuracy": found.accuracy,

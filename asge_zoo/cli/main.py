@@ -43,6 +43,8 @@ def run(arguments: list[str] | None = None) -> int:
         return _fail(error.format_message() + hint, error.exit_code)
     except ZooError as error:
         return _fail(str(error), error.exit_code)
+    except OSError as error:  # a path too long, a folder that may not be read
+        return _fail(f"{error.filename or 'file'}: {error.strerror or error}; give another path", 2)
     except (KeyboardInterrupt, click.Abort):
         return _fail("interrupted", 130)
 

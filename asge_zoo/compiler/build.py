@@ -1,7 +1,5 @@
 """compile_spec: a spec becomes a LocalGraph."""
 
-from typing import cast
-
 import torch
 from torch import nn
 
@@ -10,8 +8,6 @@ from asge_zoo.compiler.cut import CutUnit, cut
 from asge_zoo.graph.local_graph import LocalGraph
 from asge_zoo.graph.unit import Unit
 from asge_zoo.ops.goodness import MapShape
-from asge_zoo.ops.norm import Norm
-from asge_zoo.ops.pooling import Pooling
 from asge_zoo.seeding import keyed_generator, keyed_seed
 from asge_zoo.spec import Spec
 
@@ -30,15 +26,15 @@ def compile_spec(spec: Spec, *, device: str | torch.device = "cpu") -> LocalGrap
         SpecError: the spec's parts do not fit together; names the field.
     """
     check_spec(spec)
-    dataset, backbone, rule, prediction = parts(spec)
-    info = dataset.info()
+    part = parts(spec)
+    info, rule = part.data.info(), part.rule
     device = torch.device(device)
     seed = spec.train.seed
     built_on = device if device.type == "meta" else torch.device("cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(seed, "weights"))
         with built_on:
-            module = backbone.build(info.channels, pooling=cast(Pooling, spec.pooling), norm=cast(Norm, spec.norm))
+            module = part.backbone.build(info.channels, pooling=part.pooling, norm=part.norm)
         pieces = cut(module, (info.channels, info.height, info.width))
         last_channels = pieces[-1].activation_shape[0]
         units, local = [], []
@@ -49,14 +45,14 @@ def compile_spec(spec: Spec, *, device: str | torch.device = "cpu") -> LocalGrap
                 local.append(classifier)
             units.append(_unit(index, piece, rule.goodness_layout(shape), classifier))
         torch.manual_seed(keyed_seed(seed, "head"))
-        head = prediction.build(units, len(info.classes))
+        head = part.prediction.build(units, len(info.classes))
     graph = LocalGraph(
         backbone=module,
         units=units,
         local=local,
         head=head,
         rule=rule,
-        prediction=prediction,
+        prediction=part.prediction,
         num_classes=len(info.classes),
         precision=spec.train.precision,
         compile=spec.train.compile,

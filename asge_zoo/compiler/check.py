@@ -1,21 +1,42 @@
 """Whether a spec's parts fit together, as far as can be told without building anything."""
 
-from typing import cast
+from typing import NamedTuple, cast
 
 from asge_zoo.backbones.base import Backbone
 from asge_zoo.data.base import Dataset
 from asge_zoo.errors import SpecError
 from asge_zoo.graph.local_graph import Prediction, Rule
+from asge_zoo.ops.norm import Norm
+from asge_zoo.ops.pooling import Pooling
+from asge_zoo.optim.optimizers import Optimizer
+from asge_zoo.optim.schedules import Schedule
 from asge_zoo.spec import Spec
 
 
-def parts(spec: Spec) -> tuple[Dataset, Backbone, Rule, Prediction]:
-    """The spec's larger components under their contracts' types, which their slots have checked."""
-    return (
-        cast(Dataset, spec.data),
-        cast(Backbone, spec.backbone),
-        cast(Rule, spec.rule),
-        cast(Prediction, spec.prediction),
+class Parts(NamedTuple):
+    """A spec's components under their contracts' types."""
+
+    data: Dataset
+    backbone: Backbone
+    pooling: Pooling
+    norm: Norm
+    rule: Rule
+    prediction: Prediction
+    optimizer: Optimizer
+    schedule: Schedule
+
+
+def parts(spec: Spec) -> Parts:
+    """The spec's components; their slots have checked that each is what its contract says."""
+    return Parts(
+        data=cast(Dataset, spec.data),
+        backbone=cast(Backbone, spec.backbone),
+        pooling=cast(Pooling, spec.pooling),
+        norm=cast(Norm, spec.norm),
+        rule=cast(Rule, spec.rule),
+        prediction=cast(Prediction, spec.prediction),
+        optimizer=cast(Optimizer, spec.optimizer),
+        schedule=cast(Schedule, spec.schedule),
     )
 
 
@@ -25,13 +46,13 @@ def check_spec(spec: Spec) -> None:
     Raises:
         SpecError: names the field, and what to do.
     """
-    dataset, backbone, rule, prediction = parts(spec)
-    dataset.check()
-    info, smallest = dataset.info(), backbone.min_size()
+    data, backbone, _, _, rule, prediction, _, _ = parts(spec)
+    data.check()
+    info, smallest = data.info(), backbone.min_size()
     if min(info.height, info.width) < smallest:
         raise SpecError(
             f"backbone.kind: {backbone.kind} needs images of at least {smallest} pixels a side for its pools, and "
-            f"{dataset.kind} gives {info.height}×{info.width}; set data.size"
+            f"{data.kind} gives {info.height}×{info.width}; set data.size to {smallest} or more"
         )
     if prediction.uses_unit_logits and not rule.layer_local:
         raise SpecError(

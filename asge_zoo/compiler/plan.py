@@ -48,8 +48,8 @@ def plan(spec: Spec) -> dict[str, Any]:
         SpecError: the spec's parts do not fit together; names the field.
     """
     graph = compile_spec(spec, device="meta")
-    dataset = parts(spec)[0]
-    info, batch = dataset.info(), dataset.batch_size
+    data = parts(spec).data
+    info, batch = data.info(), data.batch_size
     sizes = {name: tensor.numel() for name, tensor in graph.named_parameters()}
     bytes_per_number = FLOAT_BYTES * batch
     units = [

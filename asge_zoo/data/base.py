@@ -85,10 +85,6 @@ class Loader(Protocol):
         """All images of `validation` or `test`, in order, not augmented; the last batch may be smaller."""
         ...
 
-    def split_count(self, split: str) -> int:
-        """Images in `validation` or `test`."""
-        ...
-
 
 class Dataset(Component):
     """Contract of a dataset: what it is, and how it is read."""
@@ -98,8 +94,8 @@ class Dataset(Component):
     validation: PositiveInt = Field(
         default=5000, description="Training images held out for selection; the test images never select anything."
     )
-    batch_size: PositiveInt = 128
-    augment: Augment = Augment()
+    batch_size: PositiveInt = Field(default=128, description="Images in a training step.")
+    augment: Augment = Field(default=Augment(), description="Random changes to training images.")
 
     @abstractmethod
     def info(self) -> DatasetInfo:
@@ -143,8 +139,8 @@ def data_root(given: str | Path | None = None) -> Path:
     Raises:
         DataError: the place exists and is no directory.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "asge-zoo" / "data"
-    root = Path(given or os.environ.get("ASGE_ZOO_DATA") or cache).expanduser()
+    cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "asge-zoo", "data")
+    root = Path(os.path.expanduser(given or os.environ.get("ASGE_ZOO_DATA") or cache))
     if root.exists() and not root.is_dir():
         raise DataError(f"data root {root} is not a directory; give another with --data-root or ASGE_ZOO_DATA")
     return root

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, PositiveInt
 
 from asge_zoo.data.base import DatasetInfo, Images
-from asge_zoo.data.memory import MemoryDataset
+from asge_zoo.data.memory import MAX_SIZE, MemoryDataset
 from asge_zoo.errors import DataError
 from asge_zoo.registry import register
 from asge_zoo.seeding import keyed_generator
@@ -22,8 +22,8 @@ class Digits(MemoryDataset):
 
     kind: Literal["digits"] = "digits"
     validation: PositiveInt = 180
-    batch_size: PositiveInt = 64
-    size: PositiveInt | None = Field(default=16, description="Side, in pixels, to resize images to.")
+    batch_size: PositiveInt = Field(default=64, description="Images in a training step.")
+    size: PositiveInt | None = Field(default=16, le=MAX_SIZE, description="Side, in pixels, to resize images to.")
 
     def stored_info(self) -> DatasetInfo:
         return DatasetInfo(

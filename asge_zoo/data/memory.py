@@ -15,12 +15,14 @@ from asge_zoo.data.base import Augment, Batch, Dataset, DatasetInfo, Images, Loa
 from asge_zoo.errors import DataError
 from asge_zoo.seeding import keyed_generator
 
+MAX_SIZE = 1024  # more can't be meant, and would not fit in memory
+
 
 class MemoryDataset(Dataset):
-    """A dataset that fits in memory: `read` is all there is to write."""
+    """A dataset that fits in memory: `stored_info`, `read` and `found` are all there is to write."""
 
     size: PositiveInt | None = Field(
-        default=None, description="Side, in pixels, to resize images to; null: as they are."
+        default=None, le=MAX_SIZE, description="Side, in pixels, to resize images to; null: as they are."
     )
 
     @abstractmethod
@@ -62,8 +64,12 @@ class MemoryDataset(Dataset):
     def _prepared(self, stored: Images, info: DatasetInfo) -> Images:
         if stored.images.shape[2:] == (info.height, info.width):
             return stored
-        resized = F.interpolate(stored.images.float(), size=(info.height, info.width), mode="bilinear", antialias=True)
-        return Images(resized.round().clamp(0, 255).to(torch.uint8), stored.labels)
+        size = (info.height, info.width)
+        resized = [
+            F.interpolate(some.float(), size, mode="bilinear", antialias=True).round().clamp(0, 255).to(torch.uint8)
+            for some in stored.images.split(1000)  # so that only so many are ever float
+        ]
+        return Images(torch.cat(resized), stored.labels)
 
 
 class MemoryLoader(Loader):
@@ -106,9 +112,6 @@ class MemoryLoader(Loader):
         for start in range(0, len(images), self.EVAL_BATCH):
             stop = start + self.EVAL_BATCH
             yield self._normalize(images.images[start:stop]), images.labels[start:stop]
-
-    def split_count(self, split: str) -> int:
-        return len(self._splits[split])
 
     def _normalize(self, images: Tensor) -> Tensor:
         return (images.to(torch.float32) - self._mean) / self._std

@@ -111,7 +111,8 @@ def all_checkpoints(path: str | Path) -> list[Path]:
         return [path]
     found = {
         folder.resolve()
-        for kept in path.glob("**/checkpoints")
+        for kept in (path / "checkpoints", *path.glob("seed-*/checkpoints"))
+        if kept.is_dir()
         for folder in (*kept.iterdir(), kept.parent / "best", kept.parent / "last")
         if not folder.name.startswith(".") and (folder.is_symlink() or folder.exists())
     }
@@ -131,8 +132,12 @@ def check_files(folder: Path) -> list[str]:
         file = folder / name
         if Path(name).name != name or not file.is_file():
             problems.append(f"{file}: is missing")
-        elif sha256_file(file) != wanted_sum:
-            problems.append(f"{file}: its sha256 is not the manifest's")
+            continue
+        try:
+            if sha256_file(file) != wanted_sum:
+                problems.append(f"{file}: its sha256 is not the manifest's")
+        except OSError as error:
+            problems.append(f"{file}: can't be read ({error.strerror})")
     return problems or _check_tensors(folder / MODEL, spec_sha256)
 
 

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+import textwrap
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ def pick_device(name: str | None = None) -> torch.device:
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise SpecError(f"--device {name}: is neither cpu nor cuda (or cuda:1 …); `asge-zoo doctor` lists devices")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = textwrap.shorten(str(error), 100, placeholder=" …")
         raise SpecError(f"--device {name}: can't be used here ({reason}); `asge-zoo doctor` lists devices") from None
     return device
 
@@ -78,10 +81,13 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def _git_revision() -> str | None:
     """Commit of the checkout this package is run from, `-dirty` if changed; None if it is in none."""
+    checkout = Path(__file__).parents[2]
+    if not (checkout / ".git").exists():  # installed: git would answer for whatever is around it
+        return None
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=Path(__file__).parent,
+            cwd=checkout,
             capture_output=True,
             text=True,
             timeout=10,

@@ -1,4 +1,4 @@
-"""What a person sees of a run, on stderr: a bar on a terminal, and a line an epoch everywhere."""
+"""What a person sees of a run: a bar and a line an epoch on stderr, where that is a terminal; else nothing."""
 
 from typing import Any
 
@@ -15,10 +15,11 @@ class ImagesPerSecond(ProgressColumn):
 
 
 class RunProgress:
-    """A run's progress over all its images; use as a context manager. No bar where stderr is no terminal."""
+    """A run's progress over all its images; use as a context manager. Quiet where stderr is no terminal."""
 
     def __init__(self, name: str, total_images: int) -> None:
         self._console = Console(stderr=True, highlight=False)
+        self._console.quiet = not self._console.is_terminal
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -27,7 +28,7 @@ class RunProgress:
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
-            disable=not self._console.is_terminal,
+            disable=self._console.quiet,
         )
         self._task = self._bar.add_task(name, total=total_images)
 

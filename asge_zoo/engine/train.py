@@ -6,16 +6,17 @@
     curves.png, units.png         accuracy and loss by epoch; accuracy by unit
     result.json                   the test, when all is done
 
-With several runs, each seed has such a directory of its own, `seed-0` and so on, beside `spec.json` and
-`result.json`.
+With several runs, each seed has such a directory of its own, `seed-0` and so on; `spec.json` and `result.json` of
+them all join them when the last is done.
 """
 
 import json
 import statistics
+import textwrap
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -27,13 +28,12 @@ from asge_zoo.engine.checkpoint import load_checkpoint
 from asge_zoo.engine.device import pick_device
 from asge_zoo.engine.files import append_line, json_bytes, write_file
 from asge_zoo.engine.meter import TrainMeter, TrainStats
+from asge_zoo.engine.plots import plot_curves, plot_units
 from asge_zoo.engine.progress import RunProgress
 from asge_zoo.engine.run_dir import BEST, METRICS, RESULT, SPEC, keep_checkpoint, new_run_dir, start_run_dir
+from asge_zoo.errors import SpecError
 from asge_zoo.evaluate import Evaluation, evaluate
 from asge_zoo.graph.local_graph import LocalGraph
-from asge_zoo.optim.optimizers import Optimizer
-from asge_zoo.optim.schedules import Schedule
-from asge_zoo.report.plots import plot_curves, plot_units
 from asge_zoo.seeding import keyed_seed
 from asge_zoo.spec import Spec
 
@@ -86,17 +86,23 @@ def train(
         data_root: where datasets lie; if not given, $ASGE_ZOO_DATA, else the user's cache.
 
     Raises:
-        SpecError: the spec's parts do not fit together.
+        SpecError: the spec's parts do not fit together, there is no such device, or torch.compile does not work.
         DataError: the dataset is missing or unreadable.
         CheckpointError: the run directory is in use already.
+        DivergenceError: a loss is no longer finite.
     """
     chosen, root = pick_device(device), find_data_root(data_root)
     folder = new_run_dir(spec, run_dir)
+    with torch.random.fork_rng(devices=[chosen] if chosen.type == "cuda" else []):  # the caller's stays as it was
+        return _train_runs(spec, folder, chosen, root)
+
+
+def _train_runs(spec: Spec, folder: Path, device: torch.device, root: Path) -> RunResult:
     if spec.train.runs == 1:
-        return _train_seed(spec, folder, chosen, root)
+        return _train_seed(spec, folder, device, root)
     started = time.perf_counter()
     seeds = range(spec.train.seed, spec.train.seed + spec.train.runs)
-    results = tuple(_train_seed(spec.for_seed(seed), folder / f"seed-{seed}", chosen, root) for seed in seeds)
+    results = tuple(_train_seed(spec.for_seed(seed), folder / f"seed-{seed}", device, root) for seed in seeds)
     accuracy = [result.test_accuracy for result in results]
     result = RunResult(
         run_dir=str(folder),
@@ -118,13 +124,15 @@ def train(
 def _train_seed(spec: Spec, folder: Path, device: torch.device, root: Path) -> RunResult:
     started = time.perf_counter()
     seed, epochs = spec.train.seed, spec.train.epochs
-    dataset = parts(spec)[0]
     graph = compile_spec(spec, device=device)
-    loader = dataset.loader(root, seed=seed, device=device)
+    loader = parts(spec).data.loader(root, seed=seed, device=device)
     optimizer, scheduler = build_optimizer(spec, graph, epochs * loader.steps())
-    start_run_dir(folder, spec, device)
     best = -1.0
-    with RunProgress(folder.name, epochs * loader.steps() * loader.batch_size) as progress:
+    with RunProgress(spec.name, epochs * loader.steps() * loader.batch_size) as progress:
+        if spec.train.compile:
+            progress.say(f"{spec.name}: compiling the step, about half a minute if it is not cached")
+            compile_step(graph, loader)
+        start_run_dir(folder, spec, device)
         progress.say(f"{spec.name}: seed {seed} on {device}, writing to {folder}")
         for epoch in range(epochs):
             epoch_started = time.perf_counter()
@@ -182,18 +190,33 @@ def build_optimizer(
     if head:
         rate = {} if graph.prediction.head_lr is None else {"lr": graph.prediction.head_lr}
         groups.append({"params": [item for item in named if item[0] in head], **rate})
-    optimizer = cast(Optimizer, spec.optimizer).build(groups)
-    return optimizer, cast(Schedule, spec.schedule).build(optimizer, total_steps)
+    optimizer = parts(spec).optimizer.build(groups)
+    return optimizer, parts(spec).schedule.build(optimizer, total_steps)
+
+
+def compile_step(graph: LocalGraph, loader: Loader) -> None:
+    """Compile the training step, by running it once on the first batch; changes nothing else.
+
+    Raises:
+        SpecError: torch's compiler does not work here.
+    """
+    graph.train()
+    try:
+        graph.step(*next(loader.train_batches(0)))
+    except Exception as error:  # whatever torch's compiler, or the C++ compiler behind it, raises
+        reason = textwrap.shorten(str(error), 160, placeholder=" …")
+        raise SpecError(
+            f"train.compile: torch.compile does not work here ({reason}); install a C++ compiler (g++), or train with "
+            f"--set train.compile=false; `asge-zoo doctor` tells more"
+        ) from error
 
 
 def select_and_validate(graph: LocalGraph, loader: Loader) -> Evaluation:
     """Validation accuracy, once the prediction has chosen (the best unit, say) by the units' own."""
     measured = evaluate(graph, loader.split_batches("validation"))
-    before = [buffer.clone() for buffer in graph.head.buffers()]
-    graph.prediction.select(graph.head, measured.unit_accuracy)
-    if all(torch.equal(old, new) for old, new in zip(before, graph.head.buffers(), strict=True)):
-        return measured
-    return evaluate(graph, loader.split_batches("validation"))
+    if graph.prediction.select(graph.head, measured.unit_accuracy):
+        return evaluate(graph, loader.split_batches("validation"))
+    return measured
 
 
 def train_epoch(

@@ -29,7 +29,7 @@ class StepResult(NamedTuple):
         losses: (units,) local losses, or (1,) for a rule with one global loss.
         unit_logits: per unit (B, N); empty for a rule without local logits.
         logits: (B, N) of the prediction strategy.
-        head_loss: () cross-entropy of the prediction's head; 0 where it has none, or the rule's own loss.
+        head_loss: () cross-entropy of the prediction's logits.
         buffers: new values of the backbone's buffers that the step updates, by name.
     """
 
@@ -75,15 +75,20 @@ class Prediction(Component):
         """Index of the last unit that inference needs to run."""
         return num_units - 1
 
-    def select(self, head: nn.Module, unit_accuracy: Sequence[float]) -> None:
-        """Settle what is chosen by the units' validation accuracy (percent), in the head's buffers."""
+    def select(self, head: nn.Module, unit_accuracy: Sequence[float]) -> bool:
+        """Settle what is chosen by the units' validation accuracy (percent), in the head's buffers.
+
+        Returns:
+            Whether the choice changed, and with it the prediction.
+        """
+        return False
 
 
 class Rule(Component):
     """Contract of a learning rule: how a batch becomes gradients."""
 
     group: ClassVar[str] = "rule"
-    layer_local: ClassVar[bool]
+    layer_local: ClassVar[bool] = False
 
     def goodness_layout(self, shape: MapShape) -> tuple[int, int]:
         """(partition, goodness_dim) of a unit with that map; zeros for a rule without goodness."""
@@ -107,14 +112,17 @@ class Rule(Component):
 
 
 class LayerLocalRule(Rule):
-    """A rule by which each unit learns from its own loss; `unit_loss` is all there is to write.
+    """A rule by which each unit learns from its own loss; `build_unit` and `unit_loss` are all there is to write.
 
-    The loss is differentiated with respect to the unit's own parameters alone, its inputs are
-    constants: locality holds by construction. A unit's activations are dead before the next
-    unit's gradient is taken.
+    The loss is differentiated with respect to the unit's own parameters alone, its inputs are constants:
+    locality holds by construction. A unit's activations are dead before the next one's gradient is taken.
     """
 
     layer_local: ClassVar[bool] = True
+
+    @abstractmethod
+    def build_unit(self, shape: MapShape, num_classes: int, generator: torch.Generator) -> nn.Module:
+        """A unit's local classifier, from its activation (B, C, H, W) to logits (B, N), drawn from `generator`."""
 
     @abstractmethod
     def unit_loss(
@@ -157,7 +165,7 @@ class LayerLocalRule(Rule):
         return StepResult({**grads, **head_grads}, torch.stack(losses), tuple(unit_logits), logits, head_loss, buffers)
 
     def _head_step(self, graph: "LocalGraph", params, state, kept, unit_logits, labels):
-        """The head's own loss trains the head only: what it reads are constants."""
+        """The head's loss trains the head only: what it reads are constants."""
         own = {name: params[name] for name in graph.head_parameters}
 
         def objective(own: dict[str, Tensor]):
@@ -165,18 +173,15 @@ class LayerLocalRule(Rule):
             return F.cross_entropy(logits, labels), logits
 
         with full_precision(labels):
-            if own:
-                gradient, (loss, logits) = grad_and_value(objective, has_aux=True)(own)
-                return gradient, loss, logits
-            logits = graph.predict(state, kept, unit_logits)
-            return {}, logits.new_zeros(()), logits
+            gradient, (loss, logits) = grad_and_value(objective, has_aux=True)(own) if own else ({}, objective(own))
+        return gradient, loss, logits
 
 
 class LocalGraph(nn.Module):
     """A backbone as units, with its rule's local classifiers and its prediction's head.
 
-    Made by `asge_zoo.compile_spec`. Its state dict holds `backbone.*` (the backbone's own keys),
-    `local.<unit>.*` (the rule's tensors, projections among them) and `head.*`.
+    Made by `compile_spec`. Its state dict holds `backbone.*` (the backbone's own keys), `local.<unit>.*` (the rule's
+    tensors, projections among them) and `head.*`.
     """
 
     def __init__(

@@ -7,8 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from asge_zoo.ops.goodness import MapShape
-
 Values = Mapping[str, Tensor]
 
 
@@ -88,10 +86,6 @@ class Unit:
     activation: str
     output: str
     keeps: tuple[str, ...]
-
-    def map_shape(self, last_channels: int) -> MapShape:
-        """Its activation map's shape, as goodness takes it."""
-        return MapShape(self.channels, self.height, self.width, last_channels)
 
     def run(self, env: Values, values: Values | None = None) -> dict[str, Tensor]:
         """All values after this unit.

@@ -26,8 +26,8 @@ class AdamW(Optimizer):
     """torch.optim.AdamW, its fused kernel."""
 
     kind: Literal["adamw"] = "adamw"
-    lr: PositiveFloat = 2e-4
-    weight_decay: NonNegativeFloat = 1e-3
+    lr: PositiveFloat = Field(default=2e-4, description="Learning rate, at the start of the schedule.")
+    weight_decay: NonNegativeFloat = Field(default=1e-3, description="Decoupled weight decay.")
 
     def build(self, groups: ParamGroups) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay, fused=True)
@@ -38,9 +38,9 @@ class SGD(Optimizer):
     """torch.optim.SGD with momentum, its fused kernel."""
 
     kind: Literal["sgd"] = "sgd"
-    lr: PositiveFloat = 0.05
-    momentum: NonNegativeFloat = Field(default=0.9, lt=1)
-    weight_decay: NonNegativeFloat = 1e-4
+    lr: PositiveFloat = Field(default=0.05, description="Learning rate, at the start of the schedule.")
+    momentum: NonNegativeFloat = Field(default=0.9, lt=1, description="Of past gradients.")
+    weight_decay: NonNegativeFloat = Field(default=1e-4, description="L2 penalty, as torch's SGD has it.")
 
     def build(self, groups: ParamGroups) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=True)

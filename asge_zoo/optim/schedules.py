@@ -4,7 +4,7 @@ from abc import abstractmethod
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import NonNegativeFloat
+from pydantic import Field, NonNegativeFloat
 
 from asge_zoo.registry import Component, register
 
@@ -24,7 +24,7 @@ class Cosine(Schedule):
     """torch's cosine annealing from the optimizer's learning rate to `final_lr`."""
 
     kind: Literal["cosine"] = "cosine"
-    final_lr: NonNegativeFloat = 1e-5
+    final_lr: NonNegativeFloat = Field(default=1e-5, description="Learning rate at the last step.")
 
     def build(self, optimizer: torch.optim.Optimizer, total_steps: int) -> torch.optim.lr_scheduler.LRScheduler:
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps, eta_min=self.final_lr)

@@ -2,13 +2,14 @@
 
 import os
 import shutil
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from asge_zoo.data.found import datasets_found
-from asge_zoo.engine.device import device_name, package_versions, usable_cpus
+from asge_zoo.engine.device import device_name, package_versions, pick_device, usable_cpus
 
 OPTIONAL = {"ffcv": "only for ImageNet at full speed: pip install 'asge-zoo[ffcv]'"}
 
@@ -59,14 +60,14 @@ def _compiler() -> Check:
     compiler = os.environ.get("CXX", "g++")
     try:
         compiled = torch.compile(lambda x: x.square().mean(), fullgraph=True)
-        with torch.no_grad():
-            compiled(torch.ones(8))
+        compiled(torch.ones(8, device=pick_device()))
     except Exception as error:  # whatever the compiler behind torch raises
         found = shutil.which(compiler) or f"{compiler} not found"
+        reason = textwrap.shorten(str(error), 120, placeholder=" …")
         return Check(
             "torch.compile",
             "fail",
-            f"does not work here ({found}; {str(error).splitlines()[0][:120]})",
+            f"does not work here ({found}; {reason})",
             "install a C++ compiler (Debian: apt-get install g++), or train with --set train.compile=false",
         )
     return Check("torch.compile", "ok", f"works ({shutil.which(compiler) or 'no g++ on the path'})")

@@ -1,6 +1,6 @@
 """Backpropagation: the control that every layer-local rule is measured against."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +17,6 @@ class BP(Rule):
     """One cross-entropy at the prediction's head, its gradient through every unit."""
 
     kind: Literal["bp"] = "bp"
-    layer_local: ClassVar[bool] = False
 
     def step(self, graph: LocalGraph, params: Values, state: Values, images: Tensor, labels: Tensor) -> StepResult:
         def objective(params: Values):
