@@ -1,6 +1,6 @@
 """The plan of a spec: what would be built, what it computes and what it keeps in memory. Nothing is computed."""
 
-from dataclasses import asdict, dataclass
+import math
 from typing import Any
 
 import torch
@@ -13,36 +13,13 @@ from asge_zoo.spec import Spec
 FLOAT_BYTES = 4
 
 
-@dataclass(frozen=True)
-class UnitPlan:
-    """A unit as `explain` reports it.
-
-    Attributes:
-        name: its convolution's name in the backbone.
-        channels, height, width: of its activation map, before pooling.
-        partition: patches per side of its goodness (Table 1).
-        goodness_dim: length of its goodness vector.
-        parameters: trainable numbers.
-        macs: multiply-accumulates of one image's forward pass.
-        activation_bytes: its output after pooling, for a whole batch, in float32.
-    """
-
-    name: str
-    channels: int
-    height: int
-    width: int
-    partition: int
-    goodness_dim: int
-    parameters: int
-    macs: int
-    activation_bytes: int
-
-
 def plan(spec: Spec) -> dict[str, Any]:
-    """The plan as JSON values; memory is counted as in the paper's Table 3, in bytes of float32.
+    """The plan as JSON values; memory is counted as in the paper's Table 3, in bytes of float32 for a whole batch.
 
-    `memory.backprop_bytes` is the sum of all units' outputs after pooling; `memory.local_bytes` the
-    largest single unit's input, activation and goodness, plus what the prediction keeps.
+    A unit's `channels`, `height` and `width` are its activation map's, before pooling; `partition` (Table 1) and
+    `goodness_dim` its goodness's; `macs` the multiply-accumulates of one image's forward pass; `activation_bytes` its
+    output after pooling. `memory.backprop_bytes` is the sum of all units' outputs after pooling;
+    `memory.local_bytes` the largest single unit's input, activation and goodness, plus what the prediction keeps.
 
     Raises:
         SpecError: the spec's parts do not fit together; names the field.
@@ -53,17 +30,17 @@ def plan(spec: Spec) -> dict[str, Any]:
     sizes = {name: tensor.numel() for name, tensor in graph.named_parameters()}
     bytes_per_number = FLOAT_BYTES * batch
     units = [
-        UnitPlan(
-            name=unit.name,
-            channels=unit.channels,
-            height=unit.height,
-            width=unit.width,
-            partition=unit.partition,
-            goodness_dim=unit.goodness_dim,
-            parameters=sum(sizes[name] for name in unit.parameters),
-            macs=unit.macs,
-            activation_bytes=torch.Size(unit.output_shape).numel() * bytes_per_number,
-        )
+        {
+            "name": unit.name,
+            "channels": unit.channels,
+            "height": unit.height,
+            "width": unit.width,
+            "partition": unit.partition,
+            "goodness_dim": unit.goodness_dim,
+            "parameters": sum(sizes[name] for name in unit.parameters),
+            "macs": unit.macs,
+            "activation_bytes": math.prod(unit.output_shape) * bytes_per_number,
+        }
         for unit in graph.units
     ]
     kept = _kept_numbers(graph, (info.channels, info.height, info.width)) * bytes_per_number
@@ -77,11 +54,11 @@ def plan(spec: Spec) -> dict[str, Any]:
         "num_classes": len(info.classes),
         "batch_size": batch,
         "rule": spec.rule.kind,
-        "units": [asdict(unit) for unit in units],
+        "units": units,
         "totals": {
             "units": len(units),
             "parameters": sum(sizes.values()),
-            "macs": sum(unit.macs for unit in units),
+            "macs": sum(unit.macs for unit in graph.units),
         },
         "prediction": {
             "kind": spec.prediction.kind,
@@ -89,7 +66,7 @@ def plan(spec: Spec) -> dict[str, Any]:
             "activation_bytes": kept,
         },
         "memory": {
-            "backprop_bytes": sum(unit.activation_bytes for unit in units),
+            "backprop_bytes": sum(unit["activation_bytes"] for unit in units),
             "local_bytes": widest * bytes_per_number + kept,
         },
         "compiled_graphs": 1 if spec.train.compile else 0,
