@@ -136,14 +136,17 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         node = node.setdefault(key, {})
         if not isinstance(node, dict):
             raise SpecError(f"--set {override}: {'.'.join(keys[:depth])} is not an object, so it has no fields")
-    if keys[-1] == "kind" and node.get("kind", _default_kind(keys[:-1])) not in (None, value):
+    if keys[-1] == "kind" and node.get("kind", (default_kind(keys[0]) if len(keys) == 2 else None)) not in (
+        None,
+        value,
+    ):
         node.clear()
     node[keys[-1]] = value
 
 
-def _default_kind(keys: list[str]) -> str | None:
-    """The kind that stands where the spec names none, for one of its own fields; else None."""
-    field = Spec.model_fields.get(keys[0]) if len(keys) == 1 else None
+def default_kind(name: str) -> str | None:
+    """The kind that stands where a spec names none in its field `name`; None where it must."""
+    field = Spec.model_fields.get(name)
     slots = [mark for mark in field.metadata if isinstance(mark, Slot)] if field else []
     return slots[0].default if slots else None
 

@@ -36,15 +36,13 @@ def ls(what: str, data_root: Path | None, as_json: bool) -> None:
 
 
 def _specs() -> list[dict[str, Any]]:
-    from asge_zoo.spec import shipped_specs
+    from asge_zoo.spec import default_kind, shipped_specs
 
     rows = []
     for name, path in shipped_specs().items():
         raw = json.loads(path.read_text())
-        kinds = {
-            key: raw.get(key, {}).get("kind", default) for key, default in (("rule", "asge"), ("prediction", "fusion"))
-        }
-        rows.append({"spec": name, "data": raw["data"]["kind"], "backbone": raw["backbone"]["kind"], **kinds})
+        fields = ("data", "backbone", "rule", "prediction")
+        rows.append({"spec": name, **{key: raw.get(key, {}).get("kind", default_kind(key)) for key in fields}})
     return rows
 
 

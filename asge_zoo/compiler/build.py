@@ -1,12 +1,12 @@
 """compile_spec: a spec becomes a LocalGraph."""
 
+from dataclasses import replace
+
 import torch
-from torch import nn
 
 from asge_zoo.compiler.check import check_spec, parts
-from asge_zoo.compiler.cut import CutUnit, cut
+from asge_zoo.compiler.cut import cut
 from asge_zoo.graph.local_graph import LocalGraph
-from asge_zoo.graph.unit import Unit
 from asge_zoo.ops.goodness import MapShape
 from asge_zoo.seeding import keyed_generator, keyed_seed
 from asge_zoo.spec import Spec
@@ -36,14 +36,16 @@ def compile_spec(spec: Spec, *, device: str | torch.device = "cpu") -> LocalGrap
         with built_on:
             module = part.backbone.build(info.channels, pooling=part.pooling, norm=part.norm)
         pieces = cut(module, (info.channels, info.height, info.width))
-        last_channels = pieces[-1].activation_shape[0]
         units, local = [], []
         for index, piece in enumerate(pieces):
-            shape = MapShape(*piece.activation_shape, last_channels=last_channels)
+            shape = MapShape(piece.channels, piece.height, piece.width, last_channels=pieces[-1].channels)
+            partition, goodness_dim = rule.goodness_layout(shape)
             classifier = rule.build_unit(shape, len(info.classes), keyed_generator(seed, "local", index))
+            parameters = piece.parameters
             if classifier is not None:
                 local.append(classifier)
-            units.append(_unit(index, piece, rule.goodness_layout(shape), classifier))
+                parameters += tuple(f"local.{index}.{name}" for name, _ in classifier.named_parameters())
+            units.append(replace(piece, partition=partition, goodness_dim=goodness_dim, parameters=parameters))
         torch.manual_seed(keyed_seed(seed, "head"))
         head = part.prediction.build(units, len(info.classes))
     graph = LocalGraph(
@@ -58,25 +60,3 @@ def compile_spec(spec: Spec, *, device: str | torch.device = "cpu") -> LocalGrap
         compile=spec.train.compile,
     )
     return graph.to(device)
-
-
-def _unit(index: int, piece: CutUnit, layout: tuple[int, int], classifier: nn.Module | None) -> Unit:
-    trained = [] if classifier is None else [f"local.{index}.{name}" for name, _ in classifier.named_parameters()]
-    channels, height, width = piece.activation_shape
-    return Unit(
-        name=piece.name,
-        channels=channels,
-        height=height,
-        width=width,
-        partition=layout[0],
-        goodness_dim=layout[1],
-        parameters=(*piece.parameters, *trained),
-        buffers=piece.buffers,
-        macs=piece.macs,
-        output_shape=piece.output_shape,
-        input_numel=piece.input_numel,
-        steps=piece.steps,
-        activation=piece.activation,
-        output=piece.output,
-        keeps=piece.keeps,
-    )

@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 from asge_zoo.compiler.trace import ShapeRecorder, is_convolution, record_shapes, trace
 from asge_zoo.errors import SpecError
 from asge_zoo.graph.local_graph import INPUT
-from asge_zoo.graph.unit import Ref, Step
+from asge_zoo.graph.unit import Ref, Step, Unit
 from asge_zoo.ops.transfer import Transfer
 
 PREFIX = "backbone."
@@ -31,25 +31,8 @@ class Segment:
     transferred: bool = False
 
 
-@dataclass(frozen=True)
-class CutUnit:
-    """One unit as the cut alone knows it; see `Unit` for what the fields mean."""
-
-    name: str
-    steps: tuple[Step, ...]
-    parameters: tuple[str, ...]
-    buffers: tuple[str, ...]
-    macs: int
-    activation: str
-    activation_shape: tuple[int, ...]
-    output: str
-    output_shape: tuple[int, ...]
-    input_numel: int
-    keeps: tuple[str, ...]
-
-
-def cut(backbone: nn.Module, image_shape: tuple[int, int, int]) -> list[CutUnit]:
-    """Cut a backbone into units.
+def cut(backbone: nn.Module, image_shape: tuple[int, int, int]) -> list[Unit]:
+    """Cut a backbone into units, which know nothing yet of a rule: no goodness, no parameters but the backbone's.
 
     Args:
         backbone: from images (B, C, H, W) to a feature map.
@@ -131,7 +114,7 @@ def _unit(
     home: dict[fx.Node, int],
     modules: dict[str, nn.Module],
     shapes: ShapeRecorder,
-) -> CutUnit:
+) -> Unit:
     own = set(segment.nodes)
     entering = {source for node in segment.nodes for source in node.all_input_nodes if source not in own}
     needed_later = [
@@ -146,15 +129,20 @@ def _unit(
     ]
     output = segment.nodes[-1]
     activation = _activation(segment, modules)
+    channels, height, width = shapes.shapes[activation.name][1:]
     assert segment.name is not None
-    return CutUnit(
+    return Unit(
         name=segment.name,
+        channels=channels,
+        height=height,
+        width=width,
+        partition=0,
+        goodness_dim=0,
         steps=tuple(_step(node, modules) for node in segment.nodes),
         parameters=tuple(parameters),
         buffers=tuple(f"{PREFIX}{target}.{name}" for target, module in called for name, _ in module.named_buffers()),
         macs=sum(shapes.macs.get(node.name, 0) for node in segment.nodes),
         activation=activation.name,
-        activation_shape=shapes.shapes[activation.name][1:],
         output=output.name,
         output_shape=shapes.shapes[output.name][1:],
         input_numel=sum(math.prod(shapes.shapes[source.name][1:]) for source in entering),

@@ -2,7 +2,7 @@
 
     model.safetensors       weights, heads, projections; each tensor's sha256 in the metadata
     optimizer.safetensors   the optimizer's tensors, as `<parameter>|<name>`
-    state.json              epoch, metrics so far, optimizer and schedule settings
+    state.json              how far the run is, optimizer and schedule settings
     spec.json               the resolved spec of this single run
     manifest.json           sha256 of each file above
 
@@ -32,6 +32,7 @@ MODEL, OPTIMIZER, STATE, SPEC, MANIFEST = (
     "spec.json",
     "manifest.json",
 )
+CHECKPOINTS, BEST, LAST = "checkpoints", "best", "last"  # where a run directory keeps them; links to two of them
 
 
 def tensor_sha256(tensor: Tensor) -> str:
@@ -91,8 +92,8 @@ def find_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if (path / MANIFEST).is_file():
         return path
-    if (path / "best" / MANIFEST).is_file():
-        return path / "best"
+    if (path / BEST / MANIFEST).is_file():
+        return path / BEST
     seeds = sorted(child.name for child in path.glob("seed-*"))
     if seeds:
         raise CheckpointError(f"{path}: holds several runs; name one of {', '.join(seeds)}, such as {path / seeds[0]}")
@@ -111,9 +112,9 @@ def all_checkpoints(path: str | Path) -> list[Path]:
         return [path]
     found = {
         folder.resolve()
-        for kept in (path / "checkpoints", *path.glob("seed-*/checkpoints"))
+        for kept in (path / CHECKPOINTS, *path.glob(f"seed-*/{CHECKPOINTS}"))
         if kept.is_dir()
-        for folder in (*kept.iterdir(), kept.parent / "best", kept.parent / "last")
+        for folder in (*kept.iterdir(), kept.parent / BEST, kept.parent / LAST)
         if not folder.name.startswith(".") and (folder.is_symlink() or folder.exists())
     }
     return sorted(found) or [find_checkpoint(path)]

@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 
-from asge_zoo.engine.checkpoint import save_checkpoint
+from asge_zoo.engine.checkpoint import BEST, CHECKPOINTS, LAST, SPEC, save_checkpoint
 from asge_zoo.engine.device import environment
 from asge_zoo.engine.files import json_bytes, point, write_file
 from asge_zoo.errors import CheckpointError
 from asge_zoo.spec import Spec
 
-SPEC, ENVIRONMENT, METRICS, RESULT = "spec.json", "environment.json", "metrics.jsonl", "result.json"
-CHECKPOINTS, BEST, LAST = "checkpoints", "best", "last"
+ENVIRONMENT, METRICS, RESULT = "environment.json", "metrics.jsonl", "result.json"
 
 
 def new_run_dir(spec: Spec, given: str | Path | None) -> Path:

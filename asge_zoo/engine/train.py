@@ -24,13 +24,13 @@ from asge_zoo.compiler.build import compile_spec
 from asge_zoo.compiler.check import parts
 from asge_zoo.data.base import Loader
 from asge_zoo.data.base import data_root as find_data_root
-from asge_zoo.engine.checkpoint import load_checkpoint
+from asge_zoo.engine.checkpoint import BEST, SPEC, load_checkpoint
 from asge_zoo.engine.device import pick_device
 from asge_zoo.engine.files import append_line, json_bytes, write_file
 from asge_zoo.engine.meter import TrainMeter, TrainStats
 from asge_zoo.engine.plots import plot_curves, plot_units
 from asge_zoo.engine.progress import RunProgress
-from asge_zoo.engine.run_dir import BEST, METRICS, RESULT, SPEC, keep_checkpoint, new_run_dir, start_run_dir
+from asge_zoo.engine.run_dir import METRICS, RESULT, keep_checkpoint, new_run_dir, start_run_dir
 from asge_zoo.errors import SpecError
 from asge_zoo.evaluate import Evaluation, evaluate
 from asge_zoo.graph.local_graph import LocalGraph
