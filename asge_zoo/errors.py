@@ -4,8 +4,12 @@ ZooError                exit code 2: bad input
 ├── SpecError           a spec, an override or a component's options
 ├── DataError           a dataset that is missing, unreadable or too small
 ├── CheckpointError     a run directory or checkpoint that is missing, damaged or in the way
-└── DivergenceError     a loss that is no longer finite
+└── DivergenceError     losses or weights that are no longer finite
+
+Stopped (a KeyboardInterrupt, and no error) ends what SIGINT or SIGTERM stopped: exit code 130 or 143.
 """
+
+from signal import Signals
 
 
 class ZooError(Exception):
@@ -27,4 +31,22 @@ class CheckpointError(ZooError):
 
 
 class DivergenceError(ZooError):
-    """A loss is no longer finite, so training stops."""
+    """Losses or weights are no longer finite, so training stops."""
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM came; the message says what is saved and how to go on.
+
+    Args:
+        signal: which of the two.
+        message: for the user.
+    """
+
+    def __init__(self, signal: Signals, message: str = "") -> None:
+        super().__init__(message or f"stopped by {signal.name}")
+        self.signal = signal
+
+    @property
+    def exit_code(self) -> int:
+        """As shells have it: 128 and the signal's number."""
+        return 128 + self.signal

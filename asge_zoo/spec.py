@@ -13,10 +13,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from asge_zoo.errors import SpecError
 from asge_zoo.registry import Component, Options, Slot, default_component
+
+
+class Checkpointing(Options):
+    """When checkpoints are saved, beside each epoch that is the best so far and the last. May change on resume."""
+
+    every_epochs: PositiveInt = Field(default=1, description="Save at the end of each so many epochs.")
+    every_steps: PositiveInt | None = Field(default=None, description="Save after each so many steps of the run.")
+    every_minutes: PositiveFloat | None = Field(default=None, description="Save once the last save is so long ago.")
 
 
 class Train(Options):
@@ -31,6 +39,10 @@ class Train(Options):
         default="float32", description="bfloat16: autocast; parameters, goodness, logits and losses stay float32."
     )
     compile: bool = Field(default=True, description="Whether the step runs through torch.compile.")
+    deterministic: bool = Field(
+        default=False, description="Only torch's deterministic algorithms; slower on a GPU, the CPU's are so anyway."
+    )
+    checkpoint: Checkpointing = Checkpointing()
 
 
 class Spec(Options):
@@ -61,6 +73,22 @@ class Spec(Options):
     def for_seed(self, seed: int) -> "Spec":
         """The spec of one single run of this one, with that seed."""
         return self.model_copy(update={"train": self.train.model_copy(update={"seed": seed, "runs": 1})})
+
+    def differences(self, other: "Spec") -> dict[str, tuple[Any, Any]]:
+        """The fields that differ, by JSON path, with this spec's value and the other's (None where one has none)."""
+        mine, others = _leaves(self.resolved(), ""), _leaves(other.resolved(), "")
+        pairs = {path: (mine.get(path), others.get(path)) for path in {**mine, **others}}
+        return {path: (one, two) for path, (one, two) in pairs.items() if one != two}
+
+
+def _leaves(value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    return {
+        name: leaf
+        for key, child in value.items()
+        for name, leaf in _leaves(child, f"{path}.{key}" if path else key).items()
+    }
 
 
 def json_schema() -> dict[str, Any]:

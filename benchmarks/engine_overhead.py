@@ -3,13 +3,17 @@
     uv run python benchmarks/engine_overhead.py specs/vgg8_cifar10_quarter.json
 
 One process: the bare step is timed on one fixed batch right before and right after a real training epoch
-(loader, augmentation, optimizer, schedule and metrics included, evaluation left out). Prints JSON.
+(loader, augmentation, optimizer, schedule and metrics included, evaluation left out). Then checkpoints are saved
+between further steps, as a run saves them, each fsynced and the oldest dropped. Prints JSON.
 """
 
 import argparse
+import itertools
 import json
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 
@@ -17,10 +21,17 @@ from asge_zoo.compiler.build import compile_spec
 from asge_zoo.compiler.check import parts
 from asge_zoo.data.base import data_root
 from asge_zoo.engine.device import environment, pick_device
+from asge_zoo.engine.keeper import CheckpointKeeper
 from asge_zoo.engine.progress import RunProgress
-from asge_zoo.engine.train import build_optimizer, train_epoch
+from asge_zoo.engine.run_dir import start_run_dir
+from asge_zoo.engine.signals import StopSignals
+from asge_zoo.engine.state import begin
+from asge_zoo.engine.train import train_epoch, train_step
+from asge_zoo.evaluate import evaluate
 from asge_zoo.graph.local_graph import LocalGraph
 from asge_zoo.spec import load_spec
+
+SAVES = 11
 
 
 def time_steps(graph: LocalGraph, images: torch.Tensor, labels: torch.Tensor, count: int) -> list[float]:
@@ -39,23 +50,37 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="PATH=VALUE")
     parser.add_argument("--data-root")
     parser.add_argument("--device")
+    parser.add_argument("--run-root", help="where checkpoints are saved; default the system's temporary folder")
     parser.add_argument("--bare-steps", type=int, default=50, help="bare steps to time before and after the epoch")
     options = parser.parse_args()
 
     spec = load_spec(options.spec, overrides=options.overrides)
-    device, seed = pick_device(options.device), spec.train.seed
+    device = pick_device(options.device)
     graph = compile_spec(spec, device=device)
-    loader = parts(spec).data.loader(data_root(options.data_root), seed=seed, device=device)
-    optimizer, scheduler = build_optimizer(spec, graph, loader.steps())
+    loader = parts(spec).data.loader(data_root(options.data_root), seed=spec.train.seed, device=device)
     images, labels = next(loader.train_batches(0))
     time_steps(graph, images, labels, 5)  # compiles, warms up
 
     bare = time_steps(graph, images, labels, options.bare_steps)
-    with RunProgress(spec.name, loader.steps() * loader.batch_size) as progress:
+    state = begin(spec, graph, loader.steps())
+    with (
+        tempfile.TemporaryDirectory(dir=options.run_root) as folder,
+        RunProgress(spec.name, loader.steps() * loader.batch_size) as progress,
+    ):
+        keeper = CheckpointKeeper(Path(folder), spec.train.checkpoint)
+        start_run_dir(Path(folder), spec, environment(device), state, progress.warn)
         started = time.perf_counter()
-        train_epoch(graph, loader, optimizer, scheduler, epoch=0, seed=seed, progress=progress)
+        train_epoch(state, loader, keeper, StopSignals(), progress)
         epoch = time.perf_counter() - started
-    bare += time_steps(graph, images, labels, options.bare_steps)
+        bare += time_steps(graph, images, labels, options.bare_steps)
+        state.end_epoch(evaluate(graph, loader.split_batches("validation")))
+        saves = []
+        for batch in itertools.islice(loader.train_batches(1), SAVES):
+            train_step(state, *batch)
+            keeper.check_losses(state)  # waits for the device
+            started = time.perf_counter()
+            keeper.save(state)
+            saves.append(time.perf_counter() - started)
 
     median = statistics.median(bare)
     report = {
@@ -65,6 +90,9 @@ def main() -> None:
         "step_median_seconds": median,
         "step_quartiles_seconds": statistics.quantiles(bare, n=4)[::2],
         "ratio": epoch / (loader.steps() * median),
+        "save_median_seconds": statistics.median(saves),
+        "save_slowest_seconds": max(saves),
+        "save_share_of_epoch": statistics.median(saves) / epoch,
         "environment": environment(device),
     }
     print(json.dumps(report, indent=2))

@@ -3,14 +3,17 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from tiny import tiny_spec
 
 from asge_zoo.cli.main import run
-from asge_zoo.engine.train import RunResult, train
+from asge_zoo.engine import result as results
+from asge_zoo.engine import train as engine
+from asge_zoo.engine.result import RunResult
+from asge_zoo.engine.train import train
 from asge_zoo.spec import Spec
 
 
@@ -68,3 +71,28 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
         return Said(code, written.out, written.err)
 
     return run_line
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the pictures, which take as long as so short a training."""
+    monkeypatch.setattr(results, "plot_curves", lambda *_, **__: None)
+    monkeypatch.setattr(results, "plot_units", lambda *_, **__: None)
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, Callable[[], Any]], None]]:
+    """Sets what happens, once, at the end of the n-th training step from now on, counted from 1."""
+    real = engine.train_step
+
+    def happens(number: int, what: Callable[[], Any]) -> None:
+        left = iter(range(number - 1, -1, -1))
+
+        def step(*arguments: Any) -> None:
+            real(*arguments)
+            if next(left, None) == 0:
+                what()
+
+        monkeypatch.setattr(engine, "train_step", step)
+
+    yield happens

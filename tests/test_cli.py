@@ -212,7 +212,7 @@ def test_an_interrupt_is_130(cli: Cli, here: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(engine, "train", interrupted)
     said = cli("train", "vgg8_digits")
-    assert (said.code, said.out, said.err.strip()) == (130, "", "asge-zoo: interrupted")
+    assert (said.code, said.out, said.err.strip()) == (130, "", "asge-zoo: stopped by SIGINT")
 
 
 def test_a_bug_is_no_bad_input(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:

@@ -13,7 +13,7 @@ from asge_zoo.cli.main import cli as group
 
 # Changing a line here changes what users type: say so in the commit. Arguments are in capitals.
 COMMAND_LINE = {
-    "train": "SPEC --set --run-dir --data-root --device --json",
+    "train": "SPEC --set --run-dir --resume --data-root --device --json",
     "eval": "CHECKPOINT --split --data-root --device --json",
     "validate": "SPEC --set --json",
     "explain": "SPEC --set --json",

@@ -218,7 +218,10 @@ def test_resolved_writes_every_default_out() -> None:
     assert resolved["schedule"] == {"kind": "cosine", "final_lr": 1e-5}
     assert resolved["data"]["augment"] == {"crop_padding": 0, "flip": False}
     assert resolved["rule"]["projection"] == {"kind": "gaussian", "scale": "std"}
-    assert resolved["train"] == {"epochs": 1, "seed": 0, "runs": 1, "precision": "float32", "compile": False}
+    assert resolved["train"] == {
+        **{"epochs": 1, "seed": 0, "runs": 1, "precision": "float32", "compile": False, "deterministic": False},
+        "checkpoint": {"every_epochs": 1, "every_steps": None, "every_minutes": None},
+    }
     assert set(resolved) == set(Spec.model_fields) - {"schema_"}
 
 

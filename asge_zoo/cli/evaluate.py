@@ -18,8 +18,8 @@ def evaluate(checkpoint: Path, split: str, data_root: Path | None, device: str |
     """Measure CHECKPOINT (a run directory, by its best one, or a checkpoint folder) on its dataset."""
     from asge_zoo.compiler.check import parts
     from asge_zoo.data.base import data_root as find_root
-    from asge_zoo.engine.checkpoint import find_checkpoint, load_checkpoint
     from asge_zoo.engine.device import pick_device
+    from asge_zoo.engine.loading import find_checkpoint, load_checkpoint
     from asge_zoo.evaluate import evaluate as measure
 
     chosen, root = pick_device(device), find_root(data_root)

@@ -1,9 +1,11 @@
 """`asge-zoo`: what is typed becomes a command, and what goes wrong becomes one line and an exit code.
 
-0 done; 1 the command ran and the answer is no; 2 bad input, missing data or a broken file; 130 after SIGINT.
+0 done; 1 the command ran and the answer is no; 2 bad input, missing data or a broken file; 130 and 143 after SIGINT and
+SIGTERM.
 """
 
 import sys
+from signal import Signals
 
 import click
 
@@ -15,7 +17,7 @@ from asge_zoo.cli.schema import schema
 from asge_zoo.cli.train import train
 from asge_zoo.cli.validate import validate
 from asge_zoo.cli.verify import verify
-from asge_zoo.errors import ZooError
+from asge_zoo.errors import Stopped, ZooError
 
 COMMANDS = (train, evaluate, validate, explain, schema, ls, verify, doctor)
 
@@ -45,8 +47,9 @@ def run(arguments: list[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except OSError as error:  # a path too long, a folder that may not be read
         return _fail(f"{error.filename or 'file'}: {error.strerror or error}; give another path", 2)
-    except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted", 130)
+    except click.Abort as error:  # click's own name for a KeyboardInterrupt
+        stopped = error.__cause__ if isinstance(error.__cause__, Stopped) else Stopped(Signals.SIGINT)
+        return _fail(str(stopped), stopped.exit_code)
 
 
 def _fail(message: str, code: int) -> int:

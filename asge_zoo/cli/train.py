@@ -11,7 +11,10 @@ from asge_zoo.cli import options
 @click.command("train")
 @options.spec_argument
 @options.overrides
-@click.option("--run-dir", type=options.PATH, help="A new directory to write to; default runs/<name>.")
+@click.option(
+    "--run-dir", type=options.PATH, help="A new directory to write to, or one to resume; default runs/<name>."
+)
+@click.option("--resume", is_flag=True, help="Go on from the run directory's newest whole checkpoint.")
 @options.data_root
 @options.device
 @options.as_json
@@ -19,6 +22,7 @@ def train(
     spec: str,
     overrides: tuple[str, ...],
     run_dir: Path | None,
+    resume: bool,
     data_root: Path | None,
     device: str | None,
     as_json: bool,
@@ -28,7 +32,7 @@ def train(
     from asge_zoo.spec import load_spec
 
     loaded = load_spec(spec, overrides=overrides)
-    result = train_spec(loaded, run_dir=run_dir, device=device, data_root=data_root)
+    result = train_spec(loaded, run_dir=run_dir, resume=resume, device=device, data_root=data_root)
     if as_json:
         print(json.dumps(result.to_json()))
         return

@@ -16,7 +16,8 @@ def verify(path: Path, as_json: bool) -> int:
 
     Exit code 1 if one is damaged.
     """
-    from asge_zoo.engine.checkpoint import all_checkpoints, check_files
+    from asge_zoo.engine.checkpoint import check_files
+    from asge_zoo.engine.loading import all_checkpoints
 
     found = {str(folder): check_files(folder) for folder in all_checkpoints(path)}
     problems = [problem for lines in found.values() for problem in lines]

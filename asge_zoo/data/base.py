@@ -77,8 +77,8 @@ class Loader(Protocol):
         """Full training batches in an epoch; the images left over differ from epoch to epoch."""
         ...
 
-    def train_batches(self, epoch: int) -> Iterator[Batch]:
-        """An epoch's training batches: a function of (seed, epoch) alone, augmented by (seed, epoch, step)."""
+    def train_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """An epoch's training batches, from step `start` on: by (seed, epoch), augmented by (seed, epoch, step)."""
         ...
 
     def split_batches(self, split: str) -> Iterator[Batch]:

@@ -99,10 +99,10 @@ class MemoryLoader(Loader):
     def steps(self) -> int:
         return len(self._train) // self._batch_size
 
-    def train_batches(self, epoch: int) -> Iterator[Batch]:
+    def train_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         order = torch.randperm(len(self._train), generator=keyed_generator(self._seed, "order", epoch))
         order = order.to(self._train.images.device)
-        for step in range(self.steps()):
+        for step in range(start, self.steps()):
             chosen = self._train.take(order[step * self._batch_size : (step + 1) * self._batch_size])
             draws = keyed_generator(self._seed, "augment", epoch, step)
             yield self._normalize(augment_batch(chosen.images, self._augment, draws)), chosen.labels

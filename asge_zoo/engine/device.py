@@ -1,10 +1,13 @@
-"""Where to compute, and what it is."""
+"""Where to compute, what it is, and whether it must be deterministic."""
 
+import contextlib
 import os
 import platform
+import socket
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -63,20 +66,53 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+VARIABLES = ("OMP_", "MKL_", "GOMP_", "TORCH", "CUBLAS_", "CUDNN_", "NVIDIA_")  # of the environment, folders apart
+
+
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a run runs on: enough to say why two runs may differ."""
+    """What a run runs on: together with its spec, enough to say why two runs may differ."""
+    on_gpu = device.type == "cuda"
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": package_versions(),
         "device": str(device),
         "device_name": device_name(device),
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cuda": torch.version.cuda if on_gpu else None,
+        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
         "threads": torch.get_num_threads(),
         "cpus": usable_cpus(),
+        "cxx": _first_line([os.environ.get("CXX") or "g++", "--version"]),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "variables": {
+            name: os.environ[name]
+            for name in sorted(os.environ)
+            if name.startswith(VARIABLES) and not name.endswith("_DIR")
+        },
         "git_revision": _git_revision(),
+        "host": socket.gethostname(),
         "command": sys.argv,
     }
+
+
+@contextlib.contextmanager
+def deterministic(strict: bool) -> Iterator[None]:
+    """With `strict`, only torch's deterministic algorithms within: an operation that has none raises RuntimeError."""
+    if not strict:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it, before CUDA's first use
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = benchmark
 
 
 def _git_revision() -> str | None:
@@ -84,14 +120,14 @@ def _git_revision() -> str | None:
     checkout = Path(__file__).parents[2]
     if not (checkout / ".git").exists():  # installed: git would answer for whatever is around it
         return None
+    described = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return _first_line(described)
+
+
+def _first_line(command: list[str]) -> str | None:
+    """What a command prints first; None if it does not work here."""
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=checkout,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return described.stdout.strip() or None
+    return next(iter(done.stdout.splitlines()), "").strip() or None

@@ -1,12 +1,13 @@
-"""What an epoch's training batches came to."""
+"""What an epoch came to, as its training batches and then the validation images had it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from asge_zoo.errors import DivergenceError
+from asge_zoo.evaluate import Evaluation
 from asge_zoo.graph.local_graph import StepResult
 
 
@@ -27,43 +28,87 @@ class TrainStats:
     unit_loss: list[float]
 
 
-class TrainMeter:
-    """Sums losses and right answers on the device, so that a step need not wait for the host."""
+@dataclass(frozen=True)
+class EpochRecord:
+    """A line of metrics.jsonl.
 
-    def __init__(self) -> None:
-        self._batches: list[Tensor] = []
-        self._count = 0
+    Attributes:
+        epoch: from 1.
+        train, validation: what was measured.
+        lr: the learning rate after the epoch.
+        seconds: of training, validation left out.
+        images_per_second: of training.
+    """
+
+    epoch: int
+    train: TrainStats
+    validation: Evaluation
+    lr: float
+    seconds: float
+    images_per_second: float
+
+
+@dataclass
+class MeterSums:
+    """Sums over an epoch's batches so far; the prediction comes first, then each unit with logits of its own.
+
+    Attributes:
+        batches, images: how many.
+        right: right answers.
+        loss: sums of the batches' mean losses, in nats.
+    """
+
+    batches: int = 0
+    images: int = 0
+    right: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+
+
+class TrainMeter:
+    """Sums losses and right answers; a step need not wait for the host, which `settle` brings up to date."""
+
+    def __init__(self, sums: MeterSums | None = None) -> None:
+        self.sums = sums or MeterSums()
+        self._pending: list[Tensor] = []
 
     def update(self, result: StepResult, labels: Tensor) -> None:
         """Add a batch."""
         logits = torch.stack([result.logits, *result.unit_logits])  # (1 + units, B, N)
         right = (logits.argmax(2) == labels).sum(1)
         losses = torch.cat([result.head_loss[None], result.losses[: len(result.unit_logits)]])
-        self._batches.append(torch.stack([right.to(losses.dtype), losses]))  # (2, 1 + units)
-        self._count += len(labels)
+        self._pending.append(torch.stack([right.to(losses.dtype), losses]))  # (2, 1 + units)
+        self.sums.images += len(labels)
 
-    def check_finite(self, names: Sequence[str], epoch: int) -> None:
-        """Refuse to go on from a loss that is not finite.
+    def settle(self, names: Sequence[str], epoch: int) -> None:
+        """Add up, batch by batch, so that sums are the same wherever a run was cut off.
 
         Args:
             names: of the units.
             epoch: from 1.
 
         Raises:
-            DivergenceError: names the first step, counted from 1, and the first unit in it.
+            DivergenceError: a loss is not finite; names the first step, counted from 1, and the first unit in it.
         """
-        losses = torch.stack([batch[1] for batch in self._batches])  # (batches, 1 + units)
-        bad = (~losses.isfinite()).nonzero().tolist()
+        if not self._pending:
+            return
+        batches = torch.stack(self._pending).double()
+        self._pending.clear()
+        bad = (~batches[:, 1].isfinite()).nonzero().tolist()
         if bad:
             step, column = min(bad, key=lambda place: (place[0], place[1] or len(names) + 1))
             of = f"unit {names[column - 1]}" if column else "the prediction"
             raise DivergenceError(
-                f"the loss of {of} is not finite in epoch {epoch}, step {step + 1}; lower optimizer.lr (the run "
-                f"directory keeps the checkpoints of the epochs before)"
+                f"the loss of {of} is not finite in epoch {epoch}, step {self.sums.batches + step + 1}"
             )
+        zeros = [0.0] * batches.shape[2]
+        for right, loss in batches.tolist():
+            self.sums.right = [sum(pair) for pair in zip(self.sums.right or zeros, right, strict=True)]
+            self.sums.loss = [sum(pair) for pair in zip(self.sums.loss or zeros, loss, strict=True)]
+            self.sums.batches += 1
 
-    def means(self) -> TrainStats:
-        """Means of all batches so far."""
-        right, losses = torch.stack(self._batches).double().unbind(1)  # each (batches, 1 + units)
-        accuracy, loss = (100 * right.sum(0) / self._count).tolist(), losses.mean(0).tolist()
-        return TrainStats(self._count, accuracy[0], loss[0], accuracy[1:], loss[1:])
+    def finish(self) -> TrainStats:
+        """Means over the epoch, once all is settled; begins the next."""
+        sums, self.sums = self.sums, MeterSums()
+        accuracy = [100 * right / sums.images for right in sums.right]
+        loss = [total / sums.batches for total in sums.loss]
+        return TrainStats(sums.images, accuracy[0], loss[0], accuracy[1:], loss[1:])

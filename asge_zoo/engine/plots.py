@@ -1,41 +1,48 @@
-"""Pictures of a run, from the records of its metrics.jsonl."""
+"""Pictures of a run, from its epochs' records."""
 
+import io
 from pathlib import Path
-from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from asge_zoo.engine.files import write_file
+from asge_zoo.engine.meter import EpochRecord
+
 SPLITS = {"train": "training", "validation": "validation"}
 
 
-def plot_curves(records: list[dict[str, Any]], file: Path, *, title: str) -> None:
+def plot_curves(records: list[EpochRecord], file: Path, *, title: str) -> None:
     """Accuracy and loss of the prediction by epoch, training and validation."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    epochs = [record["epoch"] for record in records]
+    epochs = [record.epoch for record in records]
     for axes, quantity, unit in zip(figure.subplots(1, 2), ("accuracy", "loss"), ("%", "nats"), strict=True):
         for split, label in SPLITS.items():
-            axes.plot(epochs, [record[split][quantity] for record in records], marker=".", label=label)
+            axes.plot(
+                epochs, [getattr(getattr(record, split), quantity) for record in records], marker=".", label=label
+            )
         axes.set(xlabel="epoch", ylabel=f"{quantity} ({unit})")
         axes.grid(alpha=0.3)
         axes.legend()
     _save(figure, file, title)
 
 
-def plot_units(records: list[dict[str, Any]], names: list[str], file: Path, *, title: str) -> None:
+def plot_units(records: list[EpochRecord], names: list[str], file: Path, *, title: str) -> None:
     """Accuracy of each unit's own logits at the best epoch (the paper's Figure 3)."""
-    best = max(records, key=lambda record: record["validation"]["accuracy"])
+    best = max(records, key=lambda record: record.validation.accuracy)
     figure = Figure(figsize=(max(5.0, 0.45 * len(names)), 3.6), layout="constrained")
     axes = figure.subplots()
     for split, label in SPLITS.items():
-        axes.plot(range(len(names)), best[split]["unit_accuracy"], marker="o", label=label)
+        axes.plot(range(len(names)), getattr(best, split).unit_accuracy, marker="o", label=label)
     axes.set(xlabel="unit", ylabel="accuracy (%)")
     axes.set_xticks(range(len(names)), names, rotation=90 if len(names) > 12 else 0)
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, file, f"{title}, epoch {best['epoch']}")
+    _save(figure, file, f"{title}, epoch {best.epoch}")
 
 
 def _save(figure: Figure, file: Path, title: str) -> None:
     figure.suptitle(title)
-    FigureCanvasAgg(figure).print_png(str(file))
+    content = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(content)
+    write_file(file, content.getvalue())

@@ -1,10 +1,12 @@
 """What a person sees of a run: a bar and a line an epoch on stderr, where that is a terminal; else nothing."""
 
-from typing import Any
+import sys
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
+
+from asge_zoo.engine.meter import EpochRecord
 
 
 class ImagesPerSecond(ProgressColumn):
@@ -39,20 +41,30 @@ class RunProgress:
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
 
+    def begin(self, images: int) -> None:
+        """Start from images trained on before."""
+        self._bar.reset(self._task, completed=images)
+
     def advance(self, images: int) -> None:
         """Count images trained on."""
         self._bar.advance(self._task, images)
 
-    def epoch(self, record: dict[str, Any], epochs: int) -> None:
+    def epoch(self, record: EpochRecord, epochs: int) -> None:
         """Print an epoch's line."""
-        train, validation = record["train"], record["validation"]
         self._console.print(
-            f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}  loss {train['loss']:.4f}  "
-            f"train {train['accuracy']:.2f} %  validation {validation['accuracy']:.2f} %  "
-            f"{record['images_per_second']:,.0f} images/s",
+            f"epoch {record.epoch:>{len(str(epochs))}}/{epochs}  loss {record.train.loss:.4f}  "
+            f"train {record.train.accuracy:.2f} %  validation {record.validation.accuracy:.2f} %  "
+            f"{record.images_per_second:,.0f} images/s",
             soft_wrap=True,
         )
 
     def say(self, line: str) -> None:
         """Print a line."""
         self._console.print(line, soft_wrap=True, markup=False)
+
+    def warn(self, line: str) -> None:
+        """Print a line, on a terminal or not: what a user must not miss."""
+        if self._console.quiet:
+            print(f"asge-zoo: {line}", file=sys.stderr)
+        else:
+            self.say(line)

@@ -13,6 +13,7 @@ class Schedule(Component):
     """Contract of a schedule: builds one of torch's."""
 
     group: ClassVar[str] = "schedule"
+    extendable: ClassVar[bool] = False  # whether a step's rate is the same for any `total_steps`: a run may then go on
 
     @abstractmethod
     def build(self, optimizer: torch.optim.Optimizer, total_steps: int) -> torch.optim.lr_scheduler.LRScheduler:
@@ -28,3 +29,14 @@ class Cosine(Schedule):
 
     def build(self, optimizer: torch.optim.Optimizer, total_steps: int) -> torch.optim.lr_scheduler.LRScheduler:
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps, eta_min=self.final_lr)
+
+
+@register
+class Constant(Schedule):
+    """The optimizer's learning rate throughout; the only one whose runs may be resumed for more epochs."""
+
+    kind: Literal["constant"] = "constant"
+    extendable: ClassVar[bool] = True
+
+    def build(self, optimizer: torch.optim.Optimizer, total_steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)

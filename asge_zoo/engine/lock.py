@@ -1,0 +1,79 @@
+"""One process at a time in a run directory."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from asge_zoo.engine.files import remedy, sync_folder
+from asge_zoo.errors import CheckpointError
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run directory, made if need be; if nothing was put there, what was made is gone afterwards.
+
+    The system drops the lock with the process that holds it, however that ends: no lock outlives its process.
+
+    Raises:
+        CheckpointError: another process holds it, or it can't be made.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]  # the deepest first
+    try:
+        descriptor = _acquire(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: can't be written to ({error.strerror}); {remedy(error)}, or give another --run-dir"
+        ) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # removed under way, or not empty
+            if os.listdir(folder) == [LOCK]:
+                (folder / LOCK).unlink()
+                for path in made:
+                    path.rmdir()
+        os.close(descriptor)
+
+
+def _acquire(folder: Path) -> int:
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(folder.parent)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(descriptor, folder / LOCK):  # else its last holder has just removed it
+                os.truncate(descriptor, 0)
+                os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+                return descriptor
+        except OSError as error:
+            holder = _holder(descriptor)
+            os.close(descriptor)
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise CheckpointError(
+                    f"{folder}: in use by {holder}; wait until it ends, or give another --run-dir"
+                ) from None
+            raise
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        said = json.loads(os.pread(descriptor, 1000, 0))
+        return f"process {said['pid']} on {said['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

@@ -1,0 +1,89 @@
+"""What a run came to, or several runs together."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from asge_zoo.data.base import Loader
+from asge_zoo.engine.checkpoint import CHECKPOINTS
+from asge_zoo.engine.files import json_bytes, write_file
+from asge_zoo.engine.loading import load_checkpoint
+from asge_zoo.engine.plots import plot_curves, plot_units
+from asge_zoo.engine.run_dir import RESULT
+from asge_zoo.engine.state import TrainState
+from asge_zoo.evaluate import evaluate
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run, or several runs together, came to; accuracies in percent, means over the runs.
+
+    Attributes:
+        run_dir: where everything lies.
+        test_accuracy: of the checkpoint with the best validation accuracy, on the test images.
+        val_accuracy: that checkpoint's validation accuracy.
+        epochs: trained.
+        seconds: wall time, everything included; of a resumed run, up to its checkpoints and from there on.
+        unit_test_accuracy: of each unit's own logits, on the test images.
+        std: standard deviation (n − 1) of the test accuracy over the runs; None for one run.
+        runs: the single results; empty for one run.
+    """
+
+    run_dir: str
+    test_accuracy: float
+    val_accuracy: float
+    epochs: int
+    seconds: float
+    unit_test_accuracy: list[float]
+    std: float | None = None
+    runs: tuple["RunResult", ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; `std` and `runs` only where there are several runs."""
+        values = asdict(self)
+        if self.runs:
+            return {**values, "runs": [run.to_json() for run in self.runs]}
+        return {key: values[key] for key in values if key not in ("std", "runs")}
+
+
+def test_best(folder: Path, state: TrainState, loader: Loader) -> RunResult:
+    """Test a finished run's best checkpoint, as it lies on disk, and write what came of the run."""
+    assert state.best is not None
+    device = next(state.graph.parameters()).device
+    graph, spec = load_checkpoint(folder / CHECKPOINTS / state.best.name, device=device)
+    test = evaluate(graph, loader.split_batches("test"))
+    plot_curves(state.records, folder / "curves.png", title=spec.name)
+    if test.unit_accuracy:
+        plot_units(state.records, [unit.name for unit in graph.units], folder / "units.png", title=spec.name)
+    result = RunResult(
+        run_dir=str(folder),
+        test_accuracy=test.accuracy,
+        val_accuracy=state.best.val_accuracy,
+        epochs=state.epoch,
+        seconds=time.perf_counter() - state.started,
+        unit_test_accuracy=test.unit_accuracy,
+    )
+    write_file(folder / RESULT, json_bytes(result.to_json()))
+    return result
+
+
+def combine(folder: Path, results: Sequence[RunResult]) -> RunResult:
+    """Mean and standard deviation of several runs, written to the directory that holds them."""
+    accuracy = [result.test_accuracy for result in results]
+    result = RunResult(
+        run_dir=str(folder),
+        test_accuracy=statistics.mean(accuracy),
+        val_accuracy=statistics.mean(result.val_accuracy for result in results),
+        epochs=results[0].epochs,
+        seconds=sum(result.seconds for result in results),
+        unit_test_accuracy=[
+            statistics.mean(unit) for unit in zip(*(r.unit_test_accuracy for r in results), strict=True)
+        ],
+        std=statistics.stdev(accuracy),
+        runs=tuple(results),
+    )
+    write_file(folder / RESULT, json_bytes(result.to_json()))
+    return result

@@ -1,0 +1,221 @@
+"""All that training changes: what a step updates, what a checkpoint holds, and the way back from one."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from asge_zoo.compiler.check import parts
+from asge_zoo.engine.checkpoint import (
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    Best,
+    SavedState,
+    checkpoint_name,
+    read_records,
+    read_state,
+    write_checkpoint,
+)
+from asge_zoo.engine.meter import EpochRecord, TrainMeter
+from asge_zoo.errors import CheckpointError, DivergenceError
+from asge_zoo.evaluate import Evaluation
+from asge_zoo.graph.local_graph import LocalGraph
+from asge_zoo.spec import Spec
+
+
+@dataclass
+class TrainState:
+    """A run under way.
+
+    Attributes:
+        spec: of this single run.
+        steps_per_epoch: full training batches in an epoch.
+        graph, optimizer, scheduler: as they are now.
+        epoch: epochs done.
+        step: steps done of the epoch under way.
+        meter: of the epoch under way.
+        records: of the epochs done.
+        best: the best checkpoint so far.
+        started, epoch_started: `time.perf_counter()` at the run's and the epoch's start, had it run without a break.
+    """
+
+    spec: Spec
+    steps_per_epoch: int
+    graph: LocalGraph
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    epoch: int = 0
+    step: int = 0
+    meter: TrainMeter = field(default_factory=TrainMeter)
+    records: list[EpochRecord] = field(default_factory=list)
+    best: Best | None = None
+    started: float = field(default_factory=time.perf_counter)
+    epoch_started: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self.parameters, self.buffers = dict(self.graph.named_parameters()), dict(self.graph.named_buffers())
+
+    @property
+    def name(self) -> str:
+        """That of its checkpoint."""
+        return checkpoint_name(self.epoch, self.step)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps done, of all epochs."""
+        return self.epoch * self.steps_per_epoch + self.step
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done."""
+        return self.epoch >= self.spec.train.epochs
+
+    def end_epoch(self, validation: Evaluation) -> EpochRecord:
+        """Close the epoch under way; settles whether it is the best so far.
+
+        Raises:
+            DivergenceError: a validation loss is not finite.
+        """
+        seconds = time.perf_counter() - self.epoch_started
+        if not torch.tensor([validation.loss, *validation.unit_loss]).isfinite().all():
+            raise DivergenceError(f"a validation loss is not finite after epoch {self.epoch + 1}")
+        train = self.meter.finish()
+        self.epoch, self.step = self.epoch + 1, 0
+        lr = float(self.scheduler.get_last_lr()[0])
+        record = EpochRecord(self.epoch, train, validation, lr, seconds, train.count / seconds)
+        self.records.append(record)
+        if self.best is None or validation.accuracy > self.best.val_accuracy:
+            self.best = Best(name=self.name, val_accuracy=validation.accuracy)
+        self.epoch_started = time.perf_counter()
+        return record
+
+    def check_losses(self) -> None:
+        """Refuse to go on from a loss that is not finite.
+
+        Raises:
+            DivergenceError: names the unit and the step.
+        """
+        self.meter.settle([unit.name for unit in self.graph.units], self.epoch + 1)
+
+    def check_finite(self) -> None:
+        """Refuse to go on, or to save, once losses or weights are not finite.
+
+        Raises:
+            DivergenceError: names the unit and the step.
+        """
+        self.check_losses()
+        owner = {name: f"unit {unit.name}" for unit in self.graph.units for name in unit.parameters}
+        for name, tensor in self.graph.state_dict().items():
+            if not tensor.isfinite().all():
+                where = f"epoch {self.epoch + 1}, step {self.step}" if self.step else f"epoch {self.epoch}"
+                raise DivergenceError(
+                    f"the weights of {owner.get(name, 'the prediction')} are not finite after {where} ({name})"
+                )
+
+    def save(self, folder: Path) -> None:
+        """Write its checkpoint to `folder`, which must not exist."""
+        described = self.optimizer.state_dict()
+        names = [name for group in described["param_groups"] for name in group["param_names"]]
+        now = time.perf_counter()
+        write_checkpoint(
+            folder,
+            spec=self.spec,
+            model=self.graph.state_dict(),
+            optimizer={
+                f"{names[index]}|{key}": value
+                for index, entry in described["state"].items()
+                for key, value in entry.items()
+            },
+            state=SavedState(
+                epoch=self.epoch,
+                step=self.step,
+                best=self.best,
+                meter=self.meter.sums,
+                seconds=now - self.started,
+                epoch_seconds=now - self.epoch_started,
+                optimizer=described["param_groups"],
+                schedule=self.scheduler.state_dict(),
+            ),
+            records=self.records,
+        )
+
+    def restore(self, folder: Path) -> None:
+        """Become what a checkpoint holds, whose sums have been checked.
+
+        Raises:
+            CheckpointError: it does not fit its spec.
+        """
+        saved, records = read_state(folder), read_records(folder)
+        if (
+            [record.epoch for record in records] != list(range(1, saved.epoch + 1))
+            or saved.step > self.steps_per_epoch
+            or saved.meter.batches != saved.step
+            or (saved.best is None) != (saved.epoch == 0)
+        ):
+            raise CheckpointError(f"{folder / STATE}: does not fit its metrics or its dataset")
+        try:
+            self.graph.load_state_dict(safetensors.torch.load_file(folder / MODEL))
+            self._restore_optimizer(saved.optimizer, safetensors.torch.load_file(folder / OPTIMIZER))
+            self._restore_schedule(saved)
+        except (RuntimeError, ValueError, OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"{folder}: does not fit its own spec ({' '.join(str(error).split())})") from error
+        self.epoch, self.step, self.best, self.records = saved.epoch, saved.step, saved.best, records
+        self.meter = TrainMeter(saved.meter)
+        now = time.perf_counter()
+        self.started, self.epoch_started = now - saved.seconds, now - saved.epoch_seconds
+
+    def _restore_optimizer(self, groups: list[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
+        fresh = json.loads(json.dumps(self.optimizer.state_dict()["param_groups"]))
+        if [{**group, "lr": None} for group in groups] != [{**group, "lr": None} for group in fresh]:
+            raise ValueError("other optimizer settings")
+        shapes = {
+            f"{name}|{key}": () if scalar else tuple(self.parameters[name].shape)
+            for group in fresh
+            for name in group["param_names"]
+            for key, scalar in _moments(self.spec).items()
+        }
+        if shapes != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
+            raise ValueError("other optimizer tensors")
+        names = [name for group in fresh for name in group["param_names"]]
+        moments: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(names))}
+        for key, tensor in tensors.items():
+            name, _, what = key.rpartition("|")
+            moments[names.index(name)][what] = tensor
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+    def _restore_schedule(self, saved: SavedState) -> None:
+        fresh, steps = self.scheduler.state_dict(), saved.epoch * self.steps_per_epoch + saved.step
+        if {key: type(value) for key, value in saved.schedule.items()} != {k: type(v) for k, v in fresh.items()}:
+            raise ValueError("other schedule settings")
+        if saved.schedule["last_epoch"] != steps:
+            raise ValueError(f"a schedule after {saved.schedule['last_epoch']} steps, not {steps}")
+        self.scheduler.load_state_dict(saved.schedule)
+
+
+def begin(spec: Spec, graph: LocalGraph, steps_per_epoch: int) -> TrainState:
+    """A run before its first step, with the spec's optimizer, the head a group of its own, and its schedule."""
+    named = list(graph.tensors()[0].items())
+    head = set(graph.head_parameters)
+    groups: list[dict[str, Any]] = [{"params": [item for item in named if item[0] not in head]}]
+    if head:
+        rate = {} if graph.prediction.head_lr is None else {"lr": graph.prediction.head_lr}
+        groups.append({"params": [item for item in named if item[0] in head], **rate})
+    optimizer = parts(spec).optimizer.build(groups)
+    scheduler = parts(spec).schedule.build(optimizer, spec.train.epochs * steps_per_epoch)
+    return TrainState(spec, steps_per_epoch, graph, optimizer, scheduler)
+
+
+def _moments(spec: Spec) -> dict[str, bool]:
+    """Names of the tensors that the spec's optimizer keeps for a parameter, and whether each is a scalar."""
+    probe = torch.nn.Parameter(torch.zeros(2))
+    probe.grad = torch.zeros(2)
+    optimizer = parts(spec).optimizer.build([{"params": [("probe", probe)]}])
+    optimizer.step()
+    return {name: value.dim() == 0 for name, value in optimizer.state[probe].items()}
