@@ -1,7 +1,7 @@
 """The spec: one frozen tree that says everything about a run, in JSON.
 
 `load_spec` reads a file, a shipped spec's name or a dict; what comes back is resolved: every default
-written out. Its digest is what run directories and checkpoints are compared by.
+written out. Its digest says which spec a checkpoint's weights belong to.
 """
 
 import copy

@@ -55,20 +55,20 @@ def main() -> None:
     options = parser.parse_args()
 
     spec = load_spec(options.spec, overrides=options.overrides)
-    device = pick_device(options.device)
+    device, root = pick_device(options.device), data_root(options.data_root)
     graph = compile_spec(spec, device=device)
-    loader = parts(spec).data.loader(data_root(options.data_root), seed=spec.train.seed, device=device)
+    loader = parts(spec).data.loader(root, seed=spec.train.seed, device=device)
     images, labels = next(loader.train_batches(0))
     time_steps(graph, images, labels, 5)  # compiles, warms up
 
     bare = time_steps(graph, images, labels, options.bare_steps)
-    state = begin(spec, graph, loader.steps())
+    state = begin(spec, graph, loader.steps(), time.perf_counter())
     with (
         tempfile.TemporaryDirectory(dir=options.run_root) as folder,
         RunProgress(spec.name, loader.steps() * loader.batch_size) as progress,
     ):
         keeper = CheckpointKeeper(Path(folder), spec.train.checkpoint)
-        start_run_dir(Path(folder), spec, environment(device), state, progress.warn)
+        start_run_dir(Path(folder), spec, environment(device, root), state, progress.warn)
         started = time.perf_counter()
         train_epoch(state, loader, keeper, StopSignals(), progress)
         epoch = time.perf_counter() - started
@@ -77,7 +77,7 @@ def main() -> None:
         saves = []
         for batch in itertools.islice(loader.train_batches(1), SAVES):
             train_step(state, *batch)
-            keeper.check_losses(state)  # waits for the device
+            state.check_losses()  # waits for the device
             started = time.perf_counter()
             keeper.save(state)
             saves.append(time.perf_counter() - started)
@@ -93,7 +93,7 @@ def main() -> None:
         "save_median_seconds": statistics.median(saves),
         "save_slowest_seconds": max(saves),
         "save_share_of_epoch": statistics.median(saves) / epoch,
-        "environment": environment(device),
+        "environment": environment(device, root),
     }
     print(json.dumps(report, indent=2))
 

@@ -83,9 +83,9 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, Callable[[], Any]], None]]:
     """Sets what happens, once, at the end of the n-th training step from now on, counted from 1."""
-    real = engine.train_step
 
     def happens(number: int, what: Callable[[], Any]) -> None:
+        real = engine.train_step
         left = iter(range(number - 1, -1, -1))
 
         def step(*arguments: Any) -> None:

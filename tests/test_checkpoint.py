@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import safetensors
 import safetensors.torch
 import torch
 from conftest import TrainedRun, torch_threads
+from fuzz_checkpoints import with_fitting_manifest
 from tiny import tiny_spec
 from torch import Tensor
 
@@ -44,10 +46,11 @@ def a_batch(spec: Spec, seed: int) -> tuple[Tensor, Tensor]:
 def a_state(*overrides: str, steps: int = 2, steps_per_epoch: int = STEPS) -> TrainState:
     """A tiny network after a few steps."""
     spec = tiny_spec(*overrides)
-    state = begin(spec, compile_spec(spec), steps_per_epoch)
+    state = begin(spec, compile_spec(spec), steps_per_epoch, time.perf_counter())
     state.graph.train()
-    for seed in range(steps):
-        train_step(state, *a_batch(spec, seed))
+    with state.epoch_time.running():
+        for seed in range(steps):
+            train_step(state, *a_batch(spec, seed))
     if steps:
         state.check_finite()
     return state
@@ -290,18 +293,10 @@ def test_a_tensor_that_differs_from_its_sum_is_found(copy: Path) -> None:
         metadata = archive.metadata()
     weights["backbone.conv3.weight"][0, 0, 0, 0] += 1e-3
     safetensors.torch.save_file(weights, copy / "model.safetensors", metadata)
-    write_manifest_for(copy)
+    with_fitting_manifest(copy)
     said = "tensor backbone.conv3.weight does not have the sha256 of its metadata"
     assert check_files(copy) == [f"{copy / 'model.safetensors'}: {said}"]
     assert_refused(copy, said)
-
-
-def write_manifest_for(folder: Path) -> None:
-    """Make the manifest fit the files as they are now."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for name in manifest["sha256"]:
-        manifest["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    (folder / "manifest.json").write_bytes(files.json_bytes(manifest))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -340,7 +335,7 @@ def test_a_file_put_in_another_ones_place_is_found(copy: Path) -> None:
 def test_weights_that_do_not_fit_their_spec_are_refused(copy: Path) -> None:
     """Whole files that do not belong together: the spec of a wider network."""
     (copy / "spec.json").write_text(json.dumps(tiny_spec("backbone.width=0.1").resolved()))
-    write_manifest_for(copy)
+    with_fitting_manifest(copy)
     assert_refused(copy, "does not fit its own spec")
 
 
@@ -447,8 +442,9 @@ def test_an_interrupted_link_leaves_the_old_one(tmp_path: Path, monkeypatch: pyt
 
 def end_epoch(state: TrainState, keeper: CheckpointKeeper, accuracy: float) -> None:
     """An epoch ends with that validation accuracy, and is saved."""
-    while state.step < 2:
-        train_step(state, *a_batch(state.spec, state.step))
+    with state.epoch_time.running():
+        while state.step < 2:
+            train_step(state, *a_batch(state.spec, state.step))
     state.check_losses()
     state.end_epoch(validated(accuracy))
     keeper.save(state)

@@ -361,7 +361,7 @@ def test_verify_says_no(cli: Cli, damaged: Path) -> None:
 
 
 def test_eval_refuses_a_damaged_checkpoint(cli: Cli, damaged: Path) -> None:
-    assert_refused(cli("eval", damaged), "model.safetensors", "sha256", "take another checkpoint")
+    assert_refused(cli("eval", damaged), "model.safetensors", "sha256", "asge-zoo train --resume")
 
 
 @pytest.mark.parametrize("works", [True, False])

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Said
+from fuzz_checkpoints import Power
 from kill_and_resume import contents, differences
 from tiny import TINY, tiny_spec
 
@@ -42,10 +43,6 @@ SORTS = {
     "constant rate": ("schedule.kind=constant",),
     "deterministic": ("train.deterministic=true",),
 }
-
-
-class Power(BaseException):
-    """What ends a process that nobody asked: no handler may catch it."""
 
 
 def fail() -> None:
@@ -134,6 +131,25 @@ def test_nothing_to_resume_yet_starts_from_the_beginning(tmp_path: Path, capsys:
     assert "new: holds no checkpoint yet; starts from the beginning" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("runs", [1, 2])
+def test_nothing_is_resumed_where_no_run_is(runs: int, tmp_path: Path) -> None:
+    """Somebody's other files stay as they are."""
+    for name in ("notes.txt", ".tmp-notes", "metrics.jsonl"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(CheckpointError, match="is not empty; it is no run to go on with, or give another --run-dir"):
+        run(tiny_spec(f"train.runs={runs}"), tmp_path)
+    assert {path.read_text() for path in tmp_path.iterdir() if path.name != ".lock"} == {"mine"}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_was_killed_before_its_first_file_is_taken_over(resume: bool, tmp_path: Path) -> None:
+    (tmp_path / "run" / "seed-0").mkdir(parents=True)
+    for name in (".lock", "seed-0/.lock", ".tmp-spec.json"):
+        (tmp_path / "run" / name).touch()
+    spec = tiny_spec("train.runs=2")
+    assert differences(run(spec, tmp_path / "whole"), run(spec, tmp_path / "run", resume=resume)) == []
+
+
 def test_half_written_leftovers_are_swept(tmp_path: Path, at_step: Callable) -> None:
     spec = tiny_spec("train.epochs=2")
     break_off(spec, tmp_path, at_step, STEPS + 1)
@@ -143,15 +159,31 @@ def test_half_written_leftovers_are_swept(tmp_path: Path, at_step: Callable) -> 
     (tmp_path / "metrics.jsonl").write_bytes(b'{"epoch": 1, "tr')
     broken = run(spec, tmp_path)
     assert not [name for name in broken if ".tmp-" in name]
-    assert differences(run(spec, tmp_path.with_name("whole")), broken) == []
+    assert differences(run(spec, tmp_path.with_name("unbroken")), broken) == []
 
 
-def test_the_time_of_the_parts_adds_up(tmp_path: Path, at_step: Callable) -> None:
-    spec = tiny_spec("train.epochs=2")
-    break_off(spec, tmp_path, at_step, STEPS + 1)
-    state = tmp_path / "checkpoints" / "epoch-0001" / "state.json"
-    before = json.loads(state.read_text())["seconds"]
-    assert 0 < before < train(spec, run_dir=tmp_path, device="cpu", resume=True).seconds < 600
+def test_times_add_up(tmp_path: Path, at_step: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that stands still but for compiling (1,000 s), steps (1 s) and validation (100 s)."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def taking(seconds: float, name: str) -> None:
+        real = getattr(engine, name)
+
+        def slow(*arguments: Any) -> Any:
+            now[0] += seconds
+            return real(*arguments)
+
+        monkeypatch.setattr(engine, name, slow)
+
+    for seconds, name in ((1000, "try_step"), (1, "train_step"), (100, "select_and_validate")):
+        taking(seconds, name)
+    spec = tiny_spec("train.epochs=2", "train.checkpoint.every_steps=4")
+    break_off(spec, tmp_path, at_step, STEPS + 4)  # saved: step 8 of the run, then two more
+    result = train(spec, run_dir=tmp_path, device="cpu", resume=True)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["seconds"], line["images_per_second"]) for line in lines] == [(STEPS, 64.0)] * 2
+    assert result.seconds == 2 * 1000 + 2 * (STEPS + 100)
 
 
 # When checkpoints are saved.
@@ -309,11 +341,41 @@ def test_a_damaged_best_falls_back_to_before_it(tmp_path: Path, capsys: pytest.C
     flip(tmp_path / "checkpoints" / "epoch-0003" / "model.safetensors")
     assert differences(expected, run(spec, tmp_path)) == []
     assert "falls back to" in capsys.readouterr().err
-    flip(tmp_path / "checkpoints" / best / "model.safetensors")
-    with pytest.raises(CheckpointError, match=f"{best}.*no whole checkpoint is left: put one back, or remove"):
-        run(spec, tmp_path)
-    shutil.rmtree(tmp_path / "checkpoints")
-    assert differences(expected, run(spec, tmp_path)) == []
+
+
+def test_where_every_best_is_damaged_another_is_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Hours of training are not given up for a checkpoint that is only tested."""
+    spec = tiny_spec("train.epochs=3")
+    expected = run(spec, tmp_path)
+    flip(tmp_path / "best" / "model.safetensors")
+    capsys.readouterr()
+    found = run(spec, tmp_path)
+    said = capsys.readouterr().err
+    assert "epoch-0002/model.safetensors: its sha256 is not the manifest's; goes on from" in said
+    assert "takes epoch-0003 for the best: the run may end with another best checkpoint" in said
+    assert found["best"] == "checkpoints/epoch-0003"
+    assert found["checkpoints/epoch-0003/model.safetensors"] == expected["checkpoints/epoch-0003/model.safetensors"]
+    third = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][2]
+    assert found["result.json"]["val_accuracy"] == third["validation"]["accuracy"]
+
+
+def test_where_no_best_is_left_the_next_one_is(
+    tmp_path: Path, at_step: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = tiny_spec("train.epochs=3", "train.checkpoint.every_steps=4")
+    broken = tmp_path / "broken"
+    break_off(spec, broken, at_step, STEPS + 3)
+    assert kept(broken) == ["epoch-0001", "epoch-0001-step-000002"]
+    shutil.rmtree(broken / "checkpoints" / "epoch-0001")
+    expected = run(spec, tmp_path / "whole")
+    capsys.readouterr()
+    break_off(spec, broken, at_step, 3)  # saved: step 10 of the run, which knows no best one
+    assert "takes the next to come for the best" in capsys.readouterr().err
+    assert kept(broken) == ["epoch-0001-step-000002", "epoch-0001-step-000004"]
+    assert not (broken / "best").is_symlink()
+    found = run(spec, broken)
+    name = "checkpoints/epoch-0003/model.safetensors"
+    assert found["best"] == "checkpoints/epoch-0002" and found[name] == expected[name]
 
 
 def test_where_none_is_whole_nothing_is_touched(tmp_path: Path, at_step: Callable, cli: Cli) -> None:
@@ -484,19 +546,18 @@ def test_training_works_outside_the_main_thread(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from asge_zoo.engine.checkpoint import check_files
 from asge_zoo.engine.lock import locked
 with locked(Path(sys.argv[1])):
-    Path(sys.argv[1], "held").touch()
+    Path(sys.argv[2]).touch()
     time.sleep(600)
 """
 
 
 def test_a_second_process_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path: Path, cli: Cli) -> None:
-    folder = tmp_path / "run"
+    folder, held = tmp_path / "run", tmp_path / "held"
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)])
-    while not (folder / "held").exists():
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), str(held)])
+    while not held.exists():
         assert holder.poll() is None
     line = ("train", tmp_path / "tiny.json", "--run-dir", folder, "--resume", "--device", "cpu")
     said = cli(*line)
@@ -535,7 +596,6 @@ def test_strict_determinism_is_switched_on_and_off_again(tmp_path: Path, at_step
     assert json.loads((tmp_path / "strict" / "environment.json").read_text())["deterministic"] is True
     plain = run(tiny_spec(), tmp_path / "plain")
     strict = contents(tmp_path / "strict")
-    assert plain["checkpoints/epoch-0001/optimizer.safetensors"] != b""
     for name in ("metrics.jsonl", "result.json"):
         assert plain[name] == strict[name], "on the CPU the algorithms are the same ones"
 

@@ -16,13 +16,12 @@ def verify(path: Path, as_json: bool) -> int:
 
     Exit code 1 if one is damaged.
     """
-    from asge_zoo.engine.checkpoint import check_files
-    from asge_zoo.engine.loading import all_checkpoints
+    from asge_zoo.engine.loading import verify as check
 
-    found = {str(folder): check_files(folder) for folder in all_checkpoints(path)}
+    found = check(path)
     problems = [problem for lines in found.values() for problem in lines]
     if as_json:
-        print(json.dumps({"ok": not problems, "checkpoints": list(found), "problems": problems}))
+        print(json.dumps({"ok": not problems, "checkpoints": [str(folder) for folder in found], "problems": problems}))
     else:
         for problem in problems:
             print(problem)

@@ -145,9 +145,7 @@ def read_state(folder: Path) -> SavedState:
         CheckpointError: it is missing or not what it should be, or the checkpoint is not the one its name says.
     """
     try:
-        saved = SavedState.model_validate_json((folder / STATE).read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{folder / STATE}: can't be read ({error.strerror})") from None
+        saved = SavedState.model_validate_json(_read(folder / STATE))
     except ValidationError as error:
         raise CheckpointError(f"{folder / STATE}: {describe(error)}") from None
     name = checkpoint_name(saved.epoch, saved.step)
@@ -163,12 +161,18 @@ def read_records(folder: Path) -> list[EpochRecord]:
         CheckpointError: it is missing or not what it should be.
     """
     try:
-        lines = (folder / METRICS).read_bytes().splitlines()
-        return [_RECORD.validate_json(line) for line in lines]
-    except OSError as error:
-        raise CheckpointError(f"{folder / METRICS}: can't be read ({error.strerror})") from None
+        return [_RECORD.validate_json(line) for line in _read(folder / METRICS).splitlines()]
     except ValidationError as error:
         raise CheckpointError(f"{folder / METRICS}: {describe(error)}") from None
+
+
+def _read(file: Path) -> bytes:
+    if not file.is_file():  # a pipe would keep its reader waiting
+        raise CheckpointError(f"{file}: is missing")
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{file}: can't be read ({error.strerror})") from None
 
 
 def check_files(folder: Path, needed: Sequence[str] = (MODEL, SPEC)) -> list[str]:
@@ -234,5 +238,5 @@ def _check_run(folder: Path) -> list[str]:
 
 
 def may_change(path: str) -> bool:
-    """Whether the field at a JSON path may differ between the checkpoints of one run (see `run_dir.check_spec_of`)."""
+    """Whether the field at a JSON path may differ between the checkpoints of one run (see `run_dir.check_resumable`)."""
     return path == "train.epochs" or path.startswith("train.checkpoint.")

@@ -16,7 +16,7 @@ import torch
 
 from asge_zoo.errors import SpecError
 
-PACKAGES = ("asge-zoo", "torch", "torchvision", "pydantic", "safetensors", "scikit-learn", "numpy", "ffcv")
+PACKAGES = ("asge-zoo", "torch", "triton", "torchvision", "pydantic", "safetensors", "scikit-learn", "numpy", "ffcv")
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -66,10 +66,15 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-VARIABLES = ("OMP_", "MKL_", "GOMP_", "TORCH", "CUBLAS_", "CUDNN_", "NVIDIA_")  # of the environment, folders apart
+# What in the process's environment may change arithmetic; folders apart.
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+VARIABLES = (
+    *("OMP_", "GOMP_", "KMP_", "MKL_", "DNNL_", "ONEDNN_", "ATEN_", "TORCH_", "TORCHINDUCTOR_"),
+    *("CUBLAS_", "CUDNN_", "NVIDIA_TF32_"),
+)
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device, data_root: Path) -> dict[str, Any]:
     """What a run runs on: together with its spec, enough to say why two runs may differ."""
     on_gpu = device.type == "cuda"
     return {
@@ -86,11 +91,14 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cxx": _first_line([os.environ.get("CXX") or "g++", "--version"]),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "variables": {
             name: os.environ[name]
             for name in sorted(os.environ)
             if name.startswith(VARIABLES) and not name.endswith("_DIR")
         },
+        "data_root": str(data_root),
         "git_revision": _git_revision(),
         "host": socket.gethostname(),
         "command": sys.argv,
@@ -103,16 +111,21 @@ def deterministic(strict: bool) -> Iterator[None]:
     if not strict:
         yield
         return
+    from torch._inductor import config as inductor  # takes seconds
+
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    benchmark = torch.backends.cudnn.benchmark
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it, before CUDA's first use
+    benchmark, workspace = torch.backends.cudnn.benchmark, os.environ.get(WORKSPACE)
+    os.environ.setdefault(WORKSPACE, ":4096:8")  # torch asks for it, before CUDA's first use
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     try:
-        yield
+        with inductor.patch(deterministic=True):  # no kernel is chosen by how fast it was
+            yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.backends.cudnn.benchmark = benchmark
+        if workspace is None:
+            del os.environ[WORKSPACE]
 
 
 def _git_revision() -> str | None:

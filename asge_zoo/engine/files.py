@@ -1,6 +1,6 @@
 """Files that are whole or not there: written under a temporary name, fsynced, renamed.
 
-An OSError names the file that was to be written. What a killed process leaves has a name that begins with `TEMPORARY`.
+One process at a time may write in a folder. What a killed one leaves has a name that begins with `TEMPORARY`.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,13 @@ REMEDIES = {
 }
 
 
-def remedy(error: OSError) -> str:
-    """What to do about a file that can't be written."""
-    return REMEDIES.get(error.errno or 0, "see to it")
+class WriteError(OSError):
+    """A file can't be written; `filename` is the one that was to be there, not its temporary name."""
+
+    @property
+    def remedy(self) -> str:
+        """What to do about it."""
+        return REMEDIES.get(self.errno or 0, "see to it")
 
 
 def json_bytes(value: Any) -> bytes:
@@ -39,59 +42,66 @@ def json_bytes(value: Any) -> bytes:
 
 def write_file(path: Path, content: bytes) -> None:
     """Replace `path` by `content`, atomically."""
-    with _naming(path):
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{TEMPORARY}{path.name}.")
+    temporary = _temporary(path)
+    with naming(path):
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with open(temporary, "wb") as file:
                 _write(file, content)
-            os.chmod(temporary, 0o666 & ~_umask())  # as any new file; mkstemp's are private
             os.replace(temporary, path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Create `folder` with `files`, atomically; the last one is written when the others are on disk."""
-    with _naming(folder):
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{TEMPORARY}{folder.name}."))
+    temporary = _temporary(folder)
+    with naming(folder):
+        temporary.mkdir()
     try:
         for name, content in files.items():
-            with _naming(folder / name), open(temporary / name, "wb") as file:
+            with naming(folder / name), open(temporary / name, "wb") as file:
                 _write(file, content)
-        with _naming(folder):
+        with naming(folder):
             sync_folder(temporary)
-            os.chmod(temporary, 0o777 & ~_umask())
             os.rename(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    sync_folder(folder.parent)
+    with naming(folder):
+        sync_folder(folder.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Create `folder`, and those around it, where they are not there yet."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        with naming(path):
+            path.mkdir(exist_ok=True)
+            sync_folder(path.parent)
 
 
 def remove(path: Path) -> None:
     """Remove a file or folder; a folder is never half there under its own name."""
-    with _naming(path):
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=TEMPORARY))
-        os.rename(path, temporary / path.name)
-    shutil.rmtree(temporary)
+    temporary = _temporary(path)
+    with naming(path):
+        os.rename(path, temporary)
+        sync_folder(path.parent)
+        _delete(temporary)
 
 
 def sweep(folder: Path) -> None:
     """Remove what killed processes left half written in `folder`."""
     for left in folder.glob(f"{TEMPORARY}*"):
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left)
-        else:
-            left.unlink()
+        with naming(left):
+            _delete(left)
 
 
 def point(link: Path, target: Path) -> None:
     """Make `link` a relative symbolic link to `target`, atomically."""
-    temporary = link.with_name(f"{TEMPORARY}{link.name}")
-    with _naming(link):
-        temporary.unlink(missing_ok=True)
+    temporary = _temporary(link)
+    with naming(link):
         try:
             temporary.symlink_to(os.path.relpath(target, link.parent))
             os.replace(temporary, link)
@@ -103,7 +113,7 @@ def point(link: Path, target: Path) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Append a line to a log and push it to disk."""
-    with _naming(path), open(path, "ab") as file:
+    with naming(path), open(path, "ab") as file:
         _write(file, line.encode() + b"\n")
 
 
@@ -123,21 +133,31 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """An OSError raised within names `path`: a full disk's names none, and others a temporary name."""
+def naming(path: Path) -> Iterator[None]:
+    """An OSError within becomes a WriteError of `path`: a full disk's names no file, and others a temporary name."""
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise WriteError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def _temporary(path: Path) -> Path:
+    """The name that `path` has while it is written or removed; nothing is left there from before."""
+    temporary = path.with_name(TEMPORARY + path.name)
+    if os.path.lexists(temporary):
+        with naming(path):
+            _delete(temporary)
+    return temporary
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _write(file: Any, content: bytes) -> None:
     file.write(content)
     file.flush()
     os.fsync(file.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -15,7 +15,9 @@ from asge_zoo.engine.checkpoint import (
     OPTIMIZER,
     SPEC,
     STATE,
+    Best,
     check_files,
+    checkpoint_name,
     read_state,
 )
 from asge_zoo.engine.files import point, remove
@@ -34,24 +36,30 @@ class CheckpointKeeper:
         self._saved_at = time.monotonic()
 
     def restore(self, state: TrainState, warn: Callable[[str], None]) -> bool:
-        """Bring `state` to the newest checkpoint that is whole, as is its best; False where there is none at all.
+        """Bring `state` to the newest checkpoint that is whole, and changes no file; False where there is none at all.
+
+        One whose best is whole, too, comes before newer ones whose best is lost; only if there is none is the best
+        chosen anew, among those left.
 
         Raises:
             CheckpointError: there are checkpoints, and none is whole.
         """
+        found = newest_first(self.folder)
         problems: list[str] = []
-        for candidate in newest_first(self.folder):
-            try:
-                self._check(candidate)
-                state.restore(candidate)
-            except CheckpointError as error:
-                problems.append(str(error))
-                continue
-            if problems:
-                warn(f"{'; '.join(problems)}; falls back to {candidate}")
-            self._point(state)
-            self._drop_old(state, newer=False)
-            return True
+        for candidate in found:
+            if self._restored(state, candidate, problems, with_best=True):
+                if problems:
+                    warn(f"{'; '.join(problems)}; falls back to {candidate}")
+                return True
+        for candidate in found:
+            if self._restored(state, candidate, [], with_best=False):
+                state.best = self._best_left(state)
+                best = state.best.name if state.best else "the next to come"
+                warn(
+                    f"{'; '.join(problems)}; goes on from {candidate}, and takes {best} for the best: the run may end "
+                    f"with another best checkpoint than an unbroken one"
+                )
+                return True
         if problems:
             raise CheckpointError(
                 f"{problems[0]}; no whole checkpoint is left: put one back, or remove {self.folder / CHECKPOINTS} to "
@@ -78,68 +86,67 @@ class CheckpointKeeper:
         """
         if state.name == self._newest or state.total_steps == 0:
             return
-        self.check_finite(state)
+        state.check_finite()
         folder = self.folder / CHECKPOINTS / state.name
         if os.path.lexists(folder):  # one that was damaged, so that training went back behind it
             remove(folder)
         state.save(folder)
-        self._point(state)
-        self._drop_old(state, newer=True)
+        self.keep(state, newer=False)
         self._saved_at = time.monotonic()
 
-    def check_losses(self, state: TrainState) -> None:
-        """Refuse to go on from losses that are not finite; raises as `check_finite` does."""
-        with self._naming_last_good():
-            state.check_losses()
+    def keep(self, state: TrainState, *, newer: bool) -> None:
+        """Make `state`'s checkpoint the last, and drop all but it, the one before it and the best that each knows.
 
-    def check_finite(self, state: TrainState) -> None:
-        """Refuse to go on once losses or weights are not finite.
-
-        Raises:
-            DivergenceError: names the unit, the step and the last good checkpoint.
+        Args:
+            state: saved or restored just now.
+            newer: whether to keep newer ones: damaged, and worth a look until training has gone on from before them.
         """
-        with self._naming_last_good():
-            state.check_finite()
+        checkpoints = self.folder / CHECKPOINTS
+        self._newest = state.name
+        point(self.folder / LAST, checkpoints / state.name)
+        if state.best:
+            point(self.folder / BEST, checkpoints / state.best.name)
+        elif os.path.lexists(self.folder / BEST):  # went back to before it
+            remove(self.folder / BEST)
+        found = newest_first(self.folder)
+        here = [path.name for path in found].index(state.name)
+        kept = {path.name for path in found[here : here + 2]} | ({state.best.name} if state.best else set())
+        for path in found[here : here + 2]:
+            with contextlib.suppress(CheckpointError):  # a damaged one knows none
+                best = read_state(path).best
+                kept |= {best.name} if best else set()
+        for path in found[here if newer else 0 :]:
+            if path.name not in kept:
+                remove(path)
 
     @contextlib.contextmanager
-    def _naming_last_good(self) -> Iterator[None]:
+    def naming_last_good(self) -> Iterator[None]:
+        """A DivergenceError within comes to name the last good checkpoint and what to do."""
         try:
             yield
         except DivergenceError as error:
             good = self.folder / CHECKPOINTS / self._newest if self._newest else "none, it was too early for one"
             raise DivergenceError(f"{error}; lower optimizer.lr (the last good checkpoint: {good})") from None
 
-    def _check(self, candidate: Path) -> None:
-        """Raise CheckpointError if a checkpoint or the best one it knows is damaged."""
-        problems = check_files(candidate, (MODEL, OPTIMIZER, STATE, METRICS, SPEC))
-        best = None if problems else read_state(candidate).best
-        if best is not None and best.name != candidate.name:
-            problems = check_files(candidate.parent / best.name)
-        if problems:
-            raise CheckpointError(problems[0])
+    def _restored(self, state: TrainState, candidate: Path, problems: list[str], *, with_best: bool) -> bool:
+        """Whether a checkpoint, and the best that it knows if that is asked for, is whole; `state` is then there."""
+        try:
+            wrong = check_files(candidate, (MODEL, OPTIMIZER, STATE, METRICS, SPEC))
+            best = None if wrong else read_state(candidate).best
+            if with_best and best is not None and best.name != candidate.name:
+                wrong = check_files(candidate.parent / best.name)
+            if not wrong:
+                state.restore(candidate)
+        except CheckpointError as error:
+            wrong = [str(error)]
+        problems += wrong[:1]
+        return not wrong
 
-    def _point(self, state: TrainState) -> None:
-        """`state`'s checkpoint is the newest now."""
-        self._newest = state.name
-        checkpoints = self.folder / CHECKPOINTS
-        point(self.folder / LAST, checkpoints / state.name)
-        if state.best:
-            point(self.folder / BEST, checkpoints / state.best.name)
-
-    def _drop_old(self, state: TrainState, *, newer: bool) -> None:
-        """Drop all but the newest two up to `state`'s, and the best that each of them knows.
-
-        Args:
-            state: saved or restored just now.
-            newer: whether to drop newer ones as well: damaged ones, once training has gone on from before them.
-        """
-        found = newest_first(self.folder)
-        here = [path.name for path in found].index(state.name)
-        kept = {path.name for path in found[here : here + 2]}
-        for path in found[here : here + 2]:
-            with contextlib.suppress(CheckpointError):  # a damaged one knows none
-                best = read_state(path).best
-                kept |= {best.name} if best else set()
-        for path in found[0 if newer else here :]:
-            if path.name not in kept:
-                remove(path)
+    def _best_left(self, state: TrainState) -> Best | None:
+        """The best of the epochs whose checkpoints are still whole; None if there are none."""
+        left = [
+            Best(name=name, val_accuracy=record.validation.accuracy)
+            for record in state.records
+            if not check_files(self.folder / CHECKPOINTS / (name := checkpoint_name(record.epoch, 0)))
+        ]
+        return max(left, key=lambda best: best.val_accuracy, default=None)

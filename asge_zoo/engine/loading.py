@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 
@@ -47,9 +48,8 @@ def find_checkpoint(path: str | Path) -> Path:
     if found:
         problems = check_files(found[0], (MODEL, SPEC, STATE))
         if problems:
-            raise CheckpointError(
-                f"{problems[0]}; `asge-zoo train --resume` goes on from the one before, or name another checkpoint"
-            )
+            older = "go on from the one before by `asge-zoo train --resume`, or name" if found[1:] else "take"
+            raise CheckpointError(f"{problems[0]}; {older} another checkpoint")
         best = read_state(found[0]).best
         if best is None:
             raise CheckpointError(
@@ -81,6 +81,19 @@ def all_checkpoints(path: str | Path) -> list[Path]:
         for folder in (*newest_first(run), *_referred_to(run))
     }
     return sorted(found) or [find_checkpoint(path)]
+
+
+def verify(path: str | Path) -> dict[Path, list[str]]:
+    """What is wrong with each checkpoint folder that a path holds, one line each.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = {folder: check_files(folder) for folder in all_checkpoints(path)}
+    if any(found.values()):
+        here = all_checkpoints(path)  # a run under way drops old ones meanwhile
+        return {folder: problems for folder, problems in found.items() if folder in here}
+    return found
 
 
 def _referred_to(run_dir: Path) -> list[Path]:
@@ -115,6 +128,6 @@ def load_checkpoint(folder: Path, *, device: str | torch.device = "cpu") -> tupl
         spec = load_spec(folder / SPEC)
         graph = compile_spec(spec, device=device)
         graph.load_state_dict(safetensors.torch.load_file(folder / MODEL))
-    except (SpecError, RuntimeError) as error:
+    except (SpecError, RuntimeError, OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{folder}: does not fit its own spec ({' '.join(str(error).split())})") from error
     return graph.eval(), spec

@@ -1,7 +1,6 @@
 """One process at a time in a run directory."""
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -9,7 +8,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from asge_zoo.engine.files import remedy, sync_folder
+from asge_zoo.engine.files import WriteError, make_folder, naming
 from asge_zoo.errors import CheckpointError
 
 LOCK = ".lock"
@@ -27,9 +26,9 @@ def locked(folder: Path) -> Iterator[None]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]  # the deepest first
     try:
         descriptor = _acquire(folder)
-    except OSError as error:
+    except WriteError as error:
         raise CheckpointError(
-            f"{folder}: can't be written to ({error.strerror}); {remedy(error)}, or give another --run-dir"
+            f"{folder}: can't be written to ({error.strerror}); {error.remedy}, or give another --run-dir"
         ) from error
     try:
         yield
@@ -44,24 +43,27 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _acquire(folder: Path) -> int:
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        sync_folder(folder.parent)
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(descriptor, folder / LOCK):  # else its last holder has just removed it
-                os.truncate(descriptor, 0)
-                os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
-                return descriptor
-        except OSError as error:
-            holder = _holder(descriptor)
-            os.close(descriptor)
-            if error.errno in (errno.EAGAIN, errno.EACCES):
+        make_folder(folder)
+        with naming(folder):
+            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
                 raise CheckpointError(
-                    f"{folder}: in use by {holder}; wait until it ends, or give another --run-dir"
+                    f"{folder}: in use by {_holder(descriptor)}; wait until it ends, or give another --run-dir"
                 ) from None
-            raise
-        os.close(descriptor)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{folder}: can't be locked ({error.strerror}); give a --run-dir on a file system that has locks"
+                ) from error
+            if _is_at(descriptor, folder / LOCK):  # else its last holder has just removed it
+                with naming(folder):
+                    os.truncate(descriptor, 0)
+                    os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+                undo.pop_all()
+                return descriptor
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -1,6 +1,8 @@
 """What an epoch came to, as its training batches and then the validation images had it."""
 
-from collections.abc import Sequence
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -62,6 +64,32 @@ class MeterSums:
     images: int = 0
     right: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
+
+
+class Stopwatch:
+    """Wall time of what runs within `running`, begun at what was measured before.
+
+    Args:
+        before: seconds.
+    """
+
+    def __init__(self, before: float = 0.0) -> None:
+        self._before = before
+        self._since: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return self._before + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Counts the time within."""
+        self._since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._before, self._since = self.seconds, None
 
 
 class TrainMeter:

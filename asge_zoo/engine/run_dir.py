@@ -1,20 +1,15 @@
-"""The run directory: its layout, which spec it is for, and which checkpoints it keeps."""
+"""The run directory: where it is, which spec it is for, and what lies in it beside the checkpoints."""
 
 import json
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from asge_zoo.compiler.check import parts
-from asge_zoo.engine.checkpoint import (
-    CHECKPOINTS,
-    METRICS,
-    SPEC,
-    may_change,
-    metrics_bytes,
-)
-from asge_zoo.engine.files import TEMPORARY, json_bytes, sweep, write_file
+from asge_zoo.engine.checkpoint import CHECKPOINTS, METRICS, SPEC, may_change, metrics_bytes
+from asge_zoo.engine.files import TEMPORARY, json_bytes, make_folder, sweep, write_file
 from asge_zoo.engine.loading import newest_first
 from asge_zoo.engine.lock import LOCK
 from asge_zoo.engine.state import TrainState
@@ -22,7 +17,7 @@ from asge_zoo.errors import CheckpointError, SpecError
 from asge_zoo.spec import Spec, load_spec
 
 ENVIRONMENT, RESULT = "environment.json", "result.json"
-PER_START = ("command", "host", "platform")  # may differ and change no result
+PER_START = ("command", "host", "platform", "data_root")  # may differ and change no result
 
 
 def choose_run_dir(spec: Spec, given: str | Path | None, *, resume: bool) -> Path:
@@ -58,30 +53,44 @@ def check_unused(folder: Path) -> None:
     Raises:
         CheckpointError: there is something in it.
     """
-    if not all(path.name == LOCK or path.name.startswith(TEMPORARY) for path in folder.iterdir()):
-        raise CheckpointError(
-            f"{folder}: exists already and is not empty; go on with it by --resume, or give another --run-dir"
-        )
+    if not _is_unused(folder):
+        what = "go on with it by --resume" if (folder / SPEC).exists() else "it is no run to go on with"
+        raise CheckpointError(f"{folder}: exists already and is not empty; {what}, or give another --run-dir")
 
 
-def resume_command(folder: Path) -> str:
-    """What to type to go on with a run."""
-    return f"asge-zoo train {shlex.quote(str(folder / SPEC))} --run-dir {shlex.quote(str(folder))} --resume"
+def _is_unused(folder: Path) -> bool:
+    return all(
+        path.name == LOCK
+        or path.name.startswith(TEMPORARY)
+        or (path.match("seed-*") and path.is_dir() and _is_unused(path))
+        for path in folder.iterdir()
+    )
 
 
-def check_spec_of(folder: Path, spec: Spec) -> None:
-    """Refuse a spec other than the one that a run directory was begun by, if it was.
+def resume_command(folder: Path, device: str | None = None, data_root: str | Path | None = None) -> str:
+    """What to type to go on with a run, with the device and data root that were asked for."""
+    line = ["asge-zoo", "train", folder / SPEC, "--run-dir", folder, "--resume"]
+    line += [] if device is None else ["--device", device]
+    line += [] if data_root is None else ["--data-root", data_root]
+    return shlex.join(map(str, line))
+
+
+def check_resumable(folder: Path, spec: Spec) -> None:
+    """Refuse what a run can't go on from: another spec than it was begun by, a directory that is no run.
 
     `train.checkpoint` may change, and `train.epochs` may grow where the schedule's rates do not depend on it.
 
     Raises:
         SpecError: names the fields that differ.
-        CheckpointError: the directory holds checkpoints and has lost its spec.
+        CheckpointError: the directory holds checkpoints and has lost its spec, or something that is no run, or the
+            environment of the starts before can't be read.
     """
     if not (folder / SPEC).exists():
         if newest_first(folder):
             raise CheckpointError(f"{folder / SPEC}: is missing; put it back: each of its checkpoints holds a copy")
+        check_unused(folder)
         return
+    _first_start(folder)
     begun = load_spec(folder / SPEC)
     differing = {path: values for path, values in begun.differences(spec).items() if not may_change(path)}
     if spec.train.epochs != begun.train.epochs:
@@ -110,18 +119,25 @@ def start_run_dir(
 
     Args:
         folder: locked, and perhaps not yet begun.
-        spec: of this run, as `check_spec_of` let it pass.
+        spec: of this run, as `check_resumable` let it pass.
         environment: what this process runs on; kept beside those of the starts before.
         state: as begun or restored.
         warn: told what has changed since the first start.
-
-    Raises:
-        CheckpointError: the environment of the starts before can't be read.
     """
-    (folder / CHECKPOINTS).mkdir(exist_ok=True)
-    sweep(folder / CHECKPOINTS)
+    first = _first_start(folder)
+    if first:
+        changed = [key for key in environment if key not in PER_START and first.get(key) != environment[key]]
+        if changed:
+            warn(
+                f"{folder}: goes on with other {', '.join(changed)} than it began with ({folder / ENVIRONMENT} has "
+                f"both); the last digits may differ from those of an unbroken run"
+            )
+        this = {"epoch": state.epoch, "step": state.step, **environment}
+        environment = {**first, "resumed": [*first.get("resumed", []), this]}
     write_spec(folder, spec)
-    write_file(folder / ENVIRONMENT, json_bytes(_with_starts_before(folder, environment, state, warn)))
+    make_folder(folder / CHECKPOINTS)
+    sweep(folder / CHECKPOINTS)
+    write_file(folder / ENVIRONMENT, json_bytes(environment))
     if state.records or (folder / METRICS).exists():
         write_file(folder / METRICS, metrics_bytes(state.records))
 
@@ -134,21 +150,15 @@ def write_spec(folder: Path, spec: Spec) -> None:
         write_file(folder / SPEC, content)
 
 
-def _with_starts_before(
-    folder: Path, environment: dict[str, Any], state: TrainState, warn: Callable[[str], None]
-) -> dict[str, Any]:
+def _first_start(folder: Path) -> dict[str, Any] | None:
+    """What a run began on, and under `resumed` what it went on on since; None before its first start."""
     file = folder / ENVIRONMENT
-    if not file.exists():
-        return environment
+    if not os.path.lexists(file):
+        return None
     try:
-        first = json.loads(file.read_bytes())
-        starts = [*first.get("resumed", ()), {"epoch": state.epoch, "step": state.step, **environment}]
-    except (ValueError, AttributeError, TypeError, RecursionError):
-        raise CheckpointError(f"{file}: is damaged; remove it to go on without it") from None
-    changed = [key for key in environment if key not in PER_START and first.get(key) != environment[key]]
-    if changed:
-        warn(
-            f"{folder}: goes on with other {', '.join(changed)} than it began with ({file} has both); the last digits "
-            f"may differ from those of an unbroken run"
-        )
-    return {**first, "resumed": starts}
+        first = json.loads(file.read_bytes() if file.is_file() else b"")  # a pipe would keep its reader waiting
+        if isinstance(first, dict) and isinstance(first.get("resumed", []), list):
+            return first
+    except (OSError, ValueError, RecursionError):
+        pass
+    raise CheckpointError(f"{file}: is damaged; remove it to go on without it")

@@ -1,6 +1,7 @@
 """All that training changes: what a step updates, what a checkpoint holds, and the way back from one."""
 
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from asge_zoo.engine.checkpoint import (
     read_state,
     write_checkpoint,
 )
-from asge_zoo.engine.meter import EpochRecord, TrainMeter
+from asge_zoo.engine.meter import EpochRecord, Stopwatch, TrainMeter
 from asge_zoo.errors import CheckpointError, DivergenceError
 from asge_zoo.evaluate import Evaluation
 from asge_zoo.graph.local_graph import LocalGraph
@@ -38,12 +39,13 @@ class TrainState:
         spec: of this single run.
         steps_per_epoch: full training batches in an epoch.
         graph, optimizer, scheduler: as they are now.
+        started: `time.perf_counter()` at the run's start, had it run without a break.
         epoch: epochs done.
         step: steps done of the epoch under way.
         meter: of the epoch under way.
         records: of the epochs done.
         best: the best checkpoint so far.
-        started, epoch_started: `time.perf_counter()` at the run's and the epoch's start, had it run without a break.
+        epoch_time: of training in the epoch under way.
     """
 
     spec: Spec
@@ -51,13 +53,13 @@ class TrainState:
     graph: LocalGraph
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
+    started: float
     epoch: int = 0
     step: int = 0
     meter: TrainMeter = field(default_factory=TrainMeter)
     records: list[EpochRecord] = field(default_factory=list)
     best: Best | None = None
-    started: float = field(default_factory=time.perf_counter)
-    epoch_started: float = field(default_factory=time.perf_counter)
+    epoch_time: Stopwatch = field(default_factory=Stopwatch)
 
     def __post_init__(self) -> None:
         self.parameters, self.buffers = dict(self.graph.named_parameters()), dict(self.graph.named_buffers())
@@ -81,19 +83,20 @@ class TrainState:
         """Close the epoch under way; settles whether it is the best so far.
 
         Raises:
-            DivergenceError: a validation loss is not finite.
+            DivergenceError: a validation loss is not finite; names the unit.
         """
-        seconds = time.perf_counter() - self.epoch_started
-        if not torch.tensor([validation.loss, *validation.unit_loss]).isfinite().all():
-            raise DivergenceError(f"a validation loss is not finite after epoch {self.epoch + 1}")
-        train = self.meter.finish()
+        names = ["the prediction", *(f"unit {unit.name}" for unit in self.graph.units)]
+        for name, loss in zip(names, [validation.loss, *validation.unit_loss], strict=False):
+            if not math.isfinite(loss):
+                raise DivergenceError(f"the validation loss of {name} is not finite after epoch {self.epoch + 1}")
+        train, seconds = self.meter.finish(), self.epoch_time.seconds
         self.epoch, self.step = self.epoch + 1, 0
         lr = float(self.scheduler.get_last_lr()[0])
         record = EpochRecord(self.epoch, train, validation, lr, seconds, train.count / seconds)
         self.records.append(record)
         if self.best is None or validation.accuracy > self.best.val_accuracy:
             self.best = Best(name=self.name, val_accuracy=validation.accuracy)
-        self.epoch_started = time.perf_counter()
+        self.epoch_time = Stopwatch()
         return record
 
     def check_losses(self) -> None:
@@ -111,19 +114,20 @@ class TrainState:
             DivergenceError: names the unit and the step.
         """
         self.check_losses()
-        owner = {name: f"unit {unit.name}" for unit in self.graph.units for name in unit.parameters}
+        units = self.graph.units
+        owner = {name: unit.name for unit in units for name in (*unit.parameters, *unit.buffers)}
+        for index, local in enumerate(self.graph.local):
+            owner |= {f"local.{index}.{name}": units[index].name for name in local.state_dict()}
         for name, tensor in self.graph.state_dict().items():
             if not tensor.isfinite().all():
                 where = f"epoch {self.epoch + 1}, step {self.step}" if self.step else f"epoch {self.epoch}"
-                raise DivergenceError(
-                    f"the weights of {owner.get(name, 'the prediction')} are not finite after {where} ({name})"
-                )
+                of = f"unit {owner[name]}" if name in owner else "the prediction"
+                raise DivergenceError(f"the weights of {of} are not finite after {where} ({name})")
 
     def save(self, folder: Path) -> None:
         """Write its checkpoint to `folder`, which must not exist."""
         described = self.optimizer.state_dict()
         names = [name for group in described["param_groups"] for name in group["param_names"]]
-        now = time.perf_counter()
         write_checkpoint(
             folder,
             spec=self.spec,
@@ -138,8 +142,8 @@ class TrainState:
                 step=self.step,
                 best=self.best,
                 meter=self.meter.sums,
-                seconds=now - self.started,
-                epoch_seconds=now - self.epoch_started,
+                seconds=time.perf_counter() - self.started,
+                epoch_seconds=self.epoch_time.seconds,
                 optimizer=described["param_groups"],
                 schedule=self.scheduler.state_dict(),
             ),
@@ -153,11 +157,13 @@ class TrainState:
             CheckpointError: it does not fit its spec.
         """
         saved, records = read_state(folder), read_records(folder)
+        accuracy = {checkpoint_name(record.epoch, 0): record.validation.accuracy for record in records}
         if (
             [record.epoch for record in records] != list(range(1, saved.epoch + 1))
             or saved.step > self.steps_per_epoch
             or saved.meter.batches != saved.step
-            or (saved.best is None) != (saved.epoch == 0)
+            or (saved.best is None and saved.step == 0)
+            or (saved.best is not None and accuracy.get(saved.best.name) != saved.best.val_accuracy)
         ):
             raise CheckpointError(f"{folder / STATE}: does not fit its metrics or its dataset")
         try:
@@ -168,12 +174,17 @@ class TrainState:
             raise CheckpointError(f"{folder}: does not fit its own spec ({' '.join(str(error).split())})") from error
         self.epoch, self.step, self.best, self.records = saved.epoch, saved.step, saved.best, records
         self.meter = TrainMeter(saved.meter)
-        now = time.perf_counter()
-        self.started, self.epoch_started = now - saved.seconds, now - saved.epoch_seconds
+        self.epoch_time = Stopwatch(saved.epoch_seconds)
+        self.started -= saved.seconds
+
+    # What torch's own load_state_dict takes in silence is refused here: other settings, moments of another shape.
 
     def _restore_optimizer(self, groups: list[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
         fresh = json.loads(json.dumps(self.optimizer.state_dict()["param_groups"]))
-        if [{**group, "lr": None} for group in groups] != [{**group, "lr": None} for group in fresh]:
+        rates = [group.get("lr") for group in groups]
+        if [{**group, "lr": None} for group in groups] != [{**group, "lr": None} for group in fresh] or not all(
+            isinstance(rate, float) for rate in rates
+        ):
             raise ValueError("other optimizer settings")
         shapes = {
             f"{name}|{key}": () if scalar else tuple(self.parameters[name].shape)
@@ -191,15 +202,18 @@ class TrainState:
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def _restore_schedule(self, saved: SavedState) -> None:
-        fresh, steps = self.scheduler.state_dict(), saved.epoch * self.steps_per_epoch + saved.step
-        if {key: type(value) for key, value in saved.schedule.items()} != {k: type(v) for k, v in fresh.items()}:
-            raise ValueError("other schedule settings")
-        if saved.schedule["last_epoch"] != steps:
-            raise ValueError(f"a schedule after {saved.schedule['last_epoch']} steps, not {steps}")
+        steps = saved.epoch * self.steps_per_epoch + saved.step
+        there = {
+            "last_epoch": steps,
+            "_step_count": steps + 1,
+            "_last_lr": [group["lr"] for group in saved.optimizer],
+        }
+        if saved.schedule != {**json.loads(json.dumps(self.scheduler.state_dict())), **there}:
+            raise ValueError(f"other schedule settings, or not those after {steps} steps")
         self.scheduler.load_state_dict(saved.schedule)
 
 
-def begin(spec: Spec, graph: LocalGraph, steps_per_epoch: int) -> TrainState:
+def begin(spec: Spec, graph: LocalGraph, steps_per_epoch: int, started: float) -> TrainState:
     """A run before its first step, with the spec's optimizer, the head a group of its own, and its schedule."""
     named = list(graph.tensors()[0].items())
     head = set(graph.head_parameters)
@@ -209,7 +223,7 @@ def begin(spec: Spec, graph: LocalGraph, steps_per_epoch: int) -> TrainState:
         groups.append({"params": [item for item in named if item[0] in head], **rate})
     optimizer = parts(spec).optimizer.build(groups)
     scheduler = parts(spec).schedule.build(optimizer, spec.train.epochs * steps_per_epoch)
-    return TrainState(spec, steps_per_epoch, graph, optimizer, scheduler)
+    return TrainState(spec, steps_per_epoch, graph, optimizer, scheduler, started)
 
 
 def _moments(spec: Spec) -> dict[str, bool]:

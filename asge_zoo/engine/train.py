@@ -26,13 +26,13 @@ from asge_zoo.data.base import Loader
 from asge_zoo.data.base import data_root as find_data_root
 from asge_zoo.engine.checkpoint import METRICS, SPEC
 from asge_zoo.engine.device import deterministic, environment, pick_device
-from asge_zoo.engine.files import append_line, remedy
+from asge_zoo.engine.files import WriteError, append_line
 from asge_zoo.engine.keeper import CheckpointKeeper
 from asge_zoo.engine.lock import locked
 from asge_zoo.engine.progress import RunProgress
 from asge_zoo.engine.result import RunResult, combine, test_best
 from asge_zoo.engine.run_dir import (
-    check_spec_of,
+    check_resumable,
     check_unused,
     choose_run_dir,
     resume_command,
@@ -81,6 +81,7 @@ def train(
     chosen, root = pick_device(device), find_data_root(data_root)
     folder = choose_run_dir(spec, run_dir, resume=resume)
     rng_devices = [chosen] if chosen.type == "cuda" else []
+    go_on = f"go on with `{resume_command(folder, device, data_root)}`"
     try:
         with (
             torch.random.fork_rng(devices=rng_devices),  # the caller's generator stays as it was
@@ -94,25 +95,23 @@ def train(
     except Stopped as stopped:
         if not (folder / SPEC).exists():
             raise
-        raise Stopped(stopped.signal, f"{stopped}; go on with `{resume_command(folder)}`") from None
-    except OSError as error:
-        raise CheckpointError(
-            f"{error.filename or folder}: can't be written ({error.strerror}); {remedy(error)}, then go on with "
-            f"`{resume_command(folder)}`; checkpoints saved before are as they were"
-        ) from error
+        raise Stopped(stopped.signal, f"{stopped}; {go_on}") from None
+    except WriteError as error:
+        rest = f", then {go_on}; checkpoints saved before are as they were" if (folder / SPEC).exists() else ""
+        raise CheckpointError(f"{error.filename}: can't be written ({error.strerror}); {error.remedy}{rest}") from error
 
 
 def _train_runs(
     spec: Spec, folder: Path, device: torch.device, root: Path, stop: StopSignals, resume: bool
 ) -> RunResult:
-    check_spec_of(folder, spec)
+    check_resumable(folder, spec)
     if spec.train.runs == 1:
         return _train_seed(spec, folder, device, root, stop, resume)
     results = []
     for seed in range(spec.train.seed, spec.train.seed + spec.train.runs):
         own, single = folder / f"seed-{seed}", spec.for_seed(seed)
         with locked(own):
-            check_spec_of(own, single)
+            check_resumable(own, single)
             begun = resume and (own / SPEC).exists()
             results.append(
                 _train_seed(single, own, device, root, stop, begun, on_start=lambda: write_spec(folder, spec))
@@ -130,9 +129,10 @@ def _train_seed(
     on_start: Callable[[], None] = lambda: None,
 ) -> RunResult:
     """Train a single run; `on_start` is called once all that can be refused has been, before the first file."""
+    started = time.perf_counter()
     graph = compile_spec(spec, device=device)
     loader = parts(spec).data.loader(root, seed=spec.train.seed, device=device)
-    state = begin(spec, graph, loader.steps())
+    state = begin(spec, graph, loader.steps(), started)
     keeper = CheckpointKeeper(folder, spec.train.checkpoint)
     with RunProgress(spec.name, spec.train.epochs * loader.steps() * loader.batch_size) as progress:
         if resume and not keeper.restore(state, progress.warn):
@@ -142,10 +142,12 @@ def _train_seed(
                 progress.say(f"{spec.name}: compiling the step, about half a minute if it is not cached")
             try_step(graph, loader)
         on_start()
-        start_run_dir(folder, spec, environment(device), state, progress.warn)
+        start_run_dir(folder, spec, environment(device, root), state, progress.warn)
+        if state.total_steps:
+            keeper.keep(state, newer=True)
         progress.begin(state.total_steps * loader.batch_size)
         progress.say(f"{spec.name}: seed {spec.train.seed} on {device}, writing to {folder}")
-        with stop.deferred():
+        with stop.deferred(), keeper.naming_last_good():
             try:
                 fit(state, loader, keeper, stop, progress)
             except StopRequested as stopped:
@@ -203,17 +205,16 @@ def train_epoch(
 ) -> None:
     """The steps that are left of the epoch under way; raises as `fit` does."""
     state.graph.train()
-    if state.step == 0:
-        state.epoch_started = time.perf_counter()
-    for images, labels in loader.train_batches(state.epoch, start=state.step):
-        train_step(state, images, labels)
-        progress.advance(len(labels))
-        if state.step % SETTLE_EVERY == 0:
-            keeper.check_losses(state)
-        if keeper.due(state):
-            keeper.save(state)
-        stop.check()
-    keeper.check_finite(state)
+    with state.epoch_time.running():
+        for images, labels in loader.train_batches(state.epoch, start=state.step):
+            train_step(state, images, labels)
+            progress.advance(len(labels))
+            if state.step % SETTLE_EVERY == 0:
+                state.check_losses()
+            if keeper.due(state):
+                keeper.save(state)
+            stop.check()
+        state.check_finite()
 
 
 def train_step(state: TrainState, images: Tensor, labels: Tensor) -> None:
