@@ -44,6 +44,7 @@ SCENARIOS: dict[str, tuple[str, ...]] = {
     "stepwise": (*DIGITS, *EAGER, "--set", "train.checkpoint.every_steps=7"),
     "seeds": (*DIGITS, *EAGER, "--set", "train.runs=2"),
     "tiny": ("tiny.json", "--set", "train.epochs=4", "--set", "train.checkpoint.every_steps=4"),
+    "tiny-seeds": ("tiny.json", "--set", "train.runs=2"),
 }
 
 

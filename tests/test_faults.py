@@ -1,7 +1,9 @@
 """What breaks under a run: one line that names file and remedy, exit code 2, and what was there before stays."""
 
 import contextlib
+import dataclasses
 import json
+import math
 import os
 import random
 import resource
@@ -223,6 +225,25 @@ def test_weights_that_are_not_finite_are_never_saved(
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["epoch-0001"]
 
 
+@pytest.mark.parametrize(("place", "of"), [(0, "the prediction"), (1, "unit conv1"), (7, "unit conv7")])
+def test_a_validation_loss_that_is_not_finite(
+    place: int, of: str, spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    real, epochs = engine.select_and_validate, iter((False, True))
+
+    def validate(*given: Any) -> engine.Evaluation:
+        measured = real(*given)
+        losses = [measured.loss, *measured.unit_loss]
+        losses[place] = math.nan if next(epochs) else losses[place]
+        return dataclasses.replace(measured, loss=losses[0], unit_loss=losses[1:])
+
+    monkeypatch.setattr(engine, "select_and_validate", validate)
+    said = cli(*start_line(spec_file, tmp_path / "run"))
+    good = tmp_path / "run" / "checkpoints" / "epoch-0001"
+    assert_one_line(said, f"the validation loss of {of} is not finite after epoch 2; lower optimizer.lr", str(good))
+    assert check_files(good) == []
+
+
 def test_a_loss_is_looked_at_within_a_long_epoch(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "SETTLE_EVERY", 2)
     taken = []
@@ -350,11 +371,14 @@ def test_some_mutated_runs(tmp_path: Path) -> None:
 
 def test_some_kills(tmp_path: Path) -> None:
     """`kill_and_resume.py` does more, at every write step."""
+    scenarios = ("tiny", "tiny-seeds")
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("kill_and_resume.py")), "tiny", "--every", "17"],
+        [sys.executable, str(Path(__file__).with_name("kill_and_resume.py")), *scenarios, "--every", "29"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(done.stdout)["tiny"]["at_write_steps"] > 10
+    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [list(report) for report in reports] == [[name] for name in scenarios]
+    assert min(report["at_write_steps"] for each in reports for report in each.values()) > 5
