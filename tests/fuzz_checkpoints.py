@@ -133,7 +133,7 @@ def huge_header(folder: Path, draw: random.Random) -> None:
     file = _checkpoint(folder, draw) / draw.choice(("model.safetensors", "optimizer.safetensors"))
     if file.is_file():
         file.write_bytes(draw.choice((2**63, 10**8, 2**32)).to_bytes(8, "little") + file.read_bytes()[8:])
-        with_fitting_manifest(file.parent)
+        _fit(file.parent)
 
 
 def delete(folder: Path, draw: random.Random) -> None:
@@ -206,9 +206,8 @@ def change_json(folder: Path, draw: random.Random) -> None:
         return
     _change(value, draw)
     file.write_text("\n".join(map(json.dumps, value)) + "\n" if lines is not None else json.dumps(value))
-    if file.parent != folder and (file.parent / "manifest.json").is_file() and draw.random() < 0.8:
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            with_fitting_manifest(file.parent)
+    if file.parent != folder and draw.random() < 0.8:
+        _fit(file.parent)
 
 
 def _change(value: Any, draw: random.Random) -> None:
@@ -243,8 +242,14 @@ def other_tensors(folder: Path, draw: random.Random) -> None:
     if changed is not None:
         tensors[draw.choice((name, "more", f"{name}|more"))] = changed
     file.write_bytes(pack(tensors, {"format": "pt", "spec_sha256": (metadata or {}).get("spec_sha256", "")}))
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        with_fitting_manifest(file.parent)
+    _fit(file.parent)
+
+
+def _fit(folder: Path) -> None:
+    """Make the manifest fit, if there is one left that can be read."""
+    if (folder / "manifest.json").is_file():
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            with_fitting_manifest(folder)
 
 
 def _remove(path: Path) -> None:
