@@ -165,6 +165,14 @@ def copy_checkpoint(folder: Path, draw: random.Random) -> None:
         shutil.copytree(path, target, symlinks=True)
 
 
+def take_for_another(folder: Path, draw: random.Random) -> None:
+    """A checkpoint, whole in itself, stands under the name of another."""
+    one, other = _checkpoint(folder, draw), _checkpoint(folder, draw)
+    if one != other and other.is_dir():
+        _remove(one)
+        shutil.copytree(other, one, symlinks=True)
+
+
 def become_something_else(folder: Path, draw: random.Random) -> None:
     """A file or a checkpoint becomes a folder, a link that goes nowhere or round, or a pipe."""
     path = draw.choice((_file, _checkpoint))(folder, draw)
@@ -248,7 +256,7 @@ def other_tensors(folder: Path, draw: random.Random) -> None:
 def _fit(folder: Path) -> None:
     """Make the manifest fit, if there is one left that can be read."""
     if (folder / "manifest.json").is_file():
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
             with_fitting_manifest(folder)
 
 
@@ -263,7 +271,7 @@ def _remove(path: Path) -> None:
 FORGING = (change_json, other_tensors, huge_header)
 MUTATIONS: tuple[Callable[[Path, random.Random], None], ...] = (
     *(flip_bits, cut, insert, replace_by_noise, nest_deeply, delete, delete_checkpoint, swap, rename_checkpoint),
-    *(copy_checkpoint, become_something_else, relink, empty_the_run, *FORGING),
+    *(copy_checkpoint, take_for_another, become_something_else, relink, empty_the_run, *FORGING),
 )
 
 
@@ -324,6 +332,8 @@ class Fuzzer:
         what = f"case {number} ({', '.join(mutation.__name__ for mutation in applied)})"
         code, _, _ = self._checked(what, "verify", str(folder))
         self.report.found += code != 0
+        if code == 0 and not forged and (damaged := self._damaged(folder)):
+            self.report.problems.append(f"{what}: verify does not find {damaged}")
         for path in (folder, folder / "best", folder / "last"):
             code, out, _ = self._checked(what, "eval", str(path), "--json")
             self.report.evaluated += code == 0
@@ -341,6 +351,11 @@ class Fuzzer:
                     self.report.problems.append(f"{what}: the resumed run ends with other weights ({name})")
         shutil.rmtree(folder)
 
+    def _damaged(self, folder: Path) -> list[str]:
+        """Names of the checkpoints that are there and are not what they were."""
+        pairs = [(kept, folder / "checkpoints" / kept.name) for kept in (self.base / "checkpoints").iterdir()]
+        return [now.name for kept, now in pairs if now.is_dir() and _contents(now) != _contents(kept)]
+
     def _checked(self, what: str, *line: str) -> tuple[int, str, str]:
         """A command's exit code, stdout and stderr; notes what is no clear answer."""
         started = time.perf_counter()
@@ -348,7 +363,7 @@ class Fuzzer:
             code, out, err = self._ask(*line)
         self.report.slowest = max(self.report.slowest, time.perf_counter() - started)
         wrong = []
-        if code not in (0, 1, 2) or (code == 1) != (line[0] == "verify" and code == 1):
+        if code not in ((0, 1, 2) if line[0] == "verify" else (0, 2)):
             wrong.append(f"ended with {code}: {err}")
         if code == 2 and (len(err.strip().splitlines()) != 1 or out):
             wrong.append(f"said {out} {err}")
@@ -365,6 +380,10 @@ class Fuzzer:
                 code = -1
                 traceback.print_exc()
         return code, out.getvalue(), err.getvalue()
+
+
+def _contents(folder: Path) -> dict[str, bytes | None]:
+    return {path.name: path.read_bytes() if path.is_file() else None for path in folder.iterdir()}
 
 
 @contextlib.contextmanager

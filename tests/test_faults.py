@@ -244,6 +244,23 @@ def test_a_validation_loss_that_is_not_finite(
     assert check_files(good) == []
 
 
+def test_moments_that_are_not_finite_are_never_saved(
+    spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    """AdamW would stop updating those weights, and no loss would show it."""
+    real = engine.train_step
+
+    def poisoned(state: engine.TrainState, *batch: Any) -> None:
+        real(state, *batch)
+        if state.total_steps == STEPS + 2:
+            state.optimizer.state[state.parameters["backbone.conv5.bias"]]["exp_avg_sq"][0] = torch.inf
+
+    monkeypatch.setattr(engine, "train_step", poisoned)
+    said = cli(*start_line(spec_file, tmp_path / "run"))
+    assert_one_line(said, "the moments of unit conv5 are not finite after epoch 2, step 6 (backbone.conv5.bias|exp_a")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["epoch-0001"]
+
+
 def test_a_loss_is_looked_at_within_a_long_epoch(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "SETTLE_EVERY", 2)
     taken = []
@@ -332,6 +349,8 @@ def change(file: Path, **values: Any) -> None:
         ({"schedule": {}}, "does not fit its own spec"),
         ({"optimizer": []}, "does not fit its own spec"),
         ({"meter": {"batches": 3, "images": 1, "right": [], "loss": []}}, "does not fit its metrics"),
+        ({"meter": {"batches": 0, "images": 0, "right": [1.0], "loss": []}}, "does not fit its metrics"),
+        ({"meter": {"batches": 0, "images": -1, "right": [], "loss": []}}, "does not fit its metrics"),
         ({"more": 1}, "state.json: more: "),
     ],
     ids=str,
@@ -342,13 +361,17 @@ def test_a_state_that_does_not_fit(values: dict[str, Any], said: str, copy: Path
     assert_one_line(cli(*resume_line(spec_file, copy)), said)
 
 
-@pytest.mark.parametrize("what", ["missing", "more", "other shape"])
+@pytest.mark.parametrize("what", ["missing", "more", "other shape", "not finite"])
 def test_moments_that_do_not_fit(what: str, copy: Path, spec_file: Path, cli: Cli) -> None:
     """Although their sums do."""
     file = copy / "checkpoints" / "epoch-0001" / "optimizer.safetensors"
     tensors = safetensors.torch.load_file(file)
     moment = "backbone.conv2.bias|exp_avg"
-    if what == "missing":
+    said = "other optimizer tensors"
+    if what == "not finite":
+        tensors[moment][0] = torch.inf
+        said = "optimizer tensors that are not finite"
+    elif what == "missing":
         del tensors[moment]
     elif what == "more":
         tensors["backbone.conv2.bias|more"] = tensors[moment].clone()
@@ -356,7 +379,7 @@ def test_moments_that_do_not_fit(what: str, copy: Path, spec_file: Path, cli: Cl
         tensors[moment] = torch.zeros(99)
     safetensors.torch.save_file(tensors, file)
     with_fitting_manifest(file.parent)
-    assert_one_line(cli(*resume_line(spec_file, copy)), "does not fit its own spec (other optimizer tensors)")
+    assert_one_line(cli(*resume_line(spec_file, copy)), f"does not fit its own spec ({said})")
 
 
 # At random.

@@ -24,6 +24,7 @@ from tiny import TINY, tiny_spec
 
 from asge_zoo.engine import train as engine
 from asge_zoo.engine.checkpoint import check_files
+from asge_zoo.engine.loading import find_checkpoint
 from asge_zoo.engine.lock import locked
 from asge_zoo.engine.run_dir import resume_command
 from asge_zoo.engine.train import train
@@ -138,9 +139,10 @@ def test_nothing_is_resumed_where_no_run_is(runs: int, tmp_path: Path) -> None:
     """Somebody's other files stay as they are."""
     for name in ("notes.txt", ".tmp-notes", "metrics.jsonl"):
         (tmp_path / name).write_text("mine")
-    with pytest.raises(CheckpointError, match="is not empty; it is no run to go on with, or give another --run-dir"):
+    with pytest.raises(CheckpointError, match="not empty; it holds no run to go on with: give another --run-dir"):
         run(tiny_spec(f"train.runs={runs}"), tmp_path)
-    assert {path.read_text() for path in tmp_path.iterdir() if path.name != ".lock"} == {"mine"}
+    names = {path.name for path in tmp_path.iterdir() if path.read_text() == "mine"}
+    assert names == {"notes.txt", ".tmp-notes", "metrics.jsonl"}
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -264,11 +266,14 @@ def test_another_spec_is_refused(override: str, said: str, tmp_path: Path, at_st
     assert cli(*shlex.split(command)[1:]).code == 0, "the remedy must work"
 
 
-def test_epochs_may_grow_where_the_schedule_allows_it(tmp_path: Path) -> None:
+def test_epochs_may_grow_where_the_schedule_allows_it(tmp_path: Path, at_step: Callable) -> None:
     """Three epochs in one go, or two and then one more: the same; so the rate must not depend on their number."""
     constant = "schedule.kind=constant"
     expected = run(tiny_spec("train.epochs=3", constant), tmp_path / "whole")
     run(tiny_spec("train.epochs=2", constant), tmp_path / "grown")
+    break_off(tiny_spec("train.epochs=3", constant), tmp_path / "grown", at_step, 2)
+    stale = [name for name in ("result.json", "curves.png", "units.png") if (tmp_path / "grown" / name).exists()]
+    assert stale == [], "what two epochs came to is not what this run comes to"
     grown = run(tiny_spec("train.epochs=3", constant), tmp_path / "grown")
     own_spec = [name for name in grown if name.endswith("spec.json") and name != "spec.json"]
     differing = differences(expected, grown)
@@ -295,6 +300,8 @@ def test_which_run_to_resume_must_be_clear(tmp_path: Path, monkeypatch: pytest.M
     assert train(tiny_spec(), device="cpu").run_dir == str(Path("runs/tiny-2"))
     with pytest.raises(CheckpointError, match=r"--resume: runs/tiny or runs/tiny-2\? say which with --run-dir"):
         train(tiny_spec(), device="cpu", resume=True)
+    shutil.rmtree("runs/tiny")
+    assert train(tiny_spec(), device="cpu", resume=True).run_dir == str(Path("runs/tiny-2"))
 
 
 def test_other_surroundings_are_recorded_and_said(
@@ -359,6 +366,7 @@ def test_where_every_best_is_damaged_another_is_chosen(tmp_path: Path, capsys: p
     assert found["checkpoints/epoch-0003/model.safetensors"] == expected["checkpoints/epoch-0003/model.safetensors"]
     third = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][2]
     assert found["result.json"]["val_accuracy"] == third["validation"]["accuracy"]
+    assert find_checkpoint(tmp_path) == tmp_path / "checkpoints" / "epoch-0003", "eval takes the same"
 
 
 def test_where_no_best_is_left_the_next_one_is(
@@ -411,6 +419,19 @@ def test_a_checkpoint_of_another_spec_is_found(tmp_path: Path, at_step: Callable
         assert len(said.err.splitlines()) == (code == 2)
 
 
+def test_a_checkpoint_under_the_name_of_another_is_found(tmp_path: Path, cli: Cli) -> None:
+    """Whole in itself, and this run's."""
+    run(tiny_spec("train.epochs=3"), tmp_path)
+    best = (tmp_path / "best").resolve()
+    assert kept(tmp_path) == ["epoch-0002", "epoch-0003"] and best.name == "epoch-0002"
+    shutil.rmtree(best)
+    shutil.copytree(tmp_path / "checkpoints" / "epoch-0003", best)
+    for code, line in ((1, ("verify", tmp_path)), (2, ("eval", tmp_path)), (2, ("eval", best))):
+        said = cli(*line)
+        assert said.code == code
+        assert "epoch-0002/state.json: is that of epoch-0003; give the folder that name back" in said.out + said.err
+
+
 def test_a_manifest_of_another_run_is_found(tmp_path: Path, at_step: Callable, cli: Cli) -> None:
     for name, override in (("mine", "train.seed=0"), ("other", "train.seed=1")):
         break_off(tiny_spec("train.epochs=2", override), tmp_path / name, at_step, STEPS + 1)
@@ -454,7 +475,7 @@ def test_a_signal_saves_and_says_how_to_resume(
     said = cli("train", tmp_path / "spec.json", "--run-dir", folder, "--device", "cpu")
     assert (said.code, said.out) == (code, "")
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
-    line = said.err.strip()
+    line = said.err.removesuffix("\n")
     epoch, done = divmod(step, STEPS) if step % STEPS else (step // STEPS - 1, STEPS)
     assert line.startswith(f"asge-zoo: stopped by {number.name}, its state saved as epoch-{epoch:04d}-step-{done:06d}")
     assert len(line.splitlines()) == 1
@@ -536,6 +557,18 @@ def test_a_second_signal_stops_at_once(tmp_path: Path, at_step: Callable) -> Non
     assert differences(run(spec, tmp_path / "whole"), broken) == []
 
 
+def test_a_signal_is_taken_where_it_was_ignored(tmp_path: Path, at_step: Callable) -> None:
+    """As a shell's `&` leaves SIGINT to what it starts."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        at_step(2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Stopped, match="its state saved as epoch-0000-step-000002"):
+            run(tiny_spec(), tmp_path)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_stopped_run_is_a_keyboard_interrupt(tmp_path: Path, at_step: Callable) -> None:
     """So that a sweep in a notebook stops, too."""
     at_step(2, lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -556,6 +589,7 @@ def test_training_works_outside_the_main_thread(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
+from asge_zoo.engine.loading import find_checkpoint
 from asge_zoo.engine.lock import locked
 with locked(Path(sys.argv[1])):
     Path(sys.argv[2]).touch()

@@ -325,7 +325,7 @@ def test_an_occupied_run_directory_is_left_alone(runs: int, tmp_path: Path) -> N
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "mine.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="run: exists already and is not empty; it is no run to go on with"):
+    with pytest.raises(CheckpointError, match="run: exists already and is not empty; it holds no run to go on with"):
         train(tiny_spec(f"train.runs={runs}"), run_dir=folder, device="cpu")
     assert [(file.name, file.read_text()) for file in folder.iterdir()] == [("mine.txt", "mine")]
 

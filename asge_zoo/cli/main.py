@@ -47,8 +47,8 @@ def run(arguments: list[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except OSError as error:  # a path too long, a folder that may not be read
         return _fail(f"{error.filename or 'file'}: {error.strerror or error}; give another path", 2)
-    except click.Abort as error:  # click's own name for a KeyboardInterrupt
-        stopped = error.__cause__ if isinstance(error.__cause__, Stopped) else Stopped(Signals.SIGINT)
+    except click.Abort:  # click's own name for a KeyboardInterrupt
+        stopped = Stopped(Signals.SIGINT)
         return _fail(str(stopped), stopped.exit_code)
 
 

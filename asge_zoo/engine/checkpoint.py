@@ -150,7 +150,7 @@ def read_state(folder: Path) -> SavedState:
         raise CheckpointError(f"{folder / STATE}: {describe(error)}") from None
     name = checkpoint_name(saved.epoch, saved.step)
     if os.path.basename(os.path.realpath(folder)) != name:
-        raise CheckpointError(f"{folder / STATE}: is that of {name}")
+        raise CheckpointError(f"{folder / STATE}: is that of {name}; give the folder that name back")
     return saved
 
 
@@ -225,14 +225,17 @@ def _check_tensors(file: Path, spec_sha256: str) -> list[str]:
 
 
 def _check_run(folder: Path) -> list[str]:
-    """Whether a checkpoint that lies in a run directory is that run's."""
+    """Whether a checkpoint that lies in a run directory is that run's, and the one that its name says."""
     folder = Path(os.path.realpath(folder))
     run_spec = folder.parent.parent / SPEC
-    if folder.parent.name != CHECKPOINTS or not run_spec.exists():
+    if folder.parent.name != CHECKPOINTS:
         return []
     try:
+        read_state(folder)
+        if not run_spec.exists():
+            return []
         differing = [path for path in load_spec(run_spec).differences(load_spec(folder / SPEC)) if not may_change(path)]
-    except SpecError as error:
+    except (SpecError, CheckpointError) as error:
         return [str(error)]
     return [f"{folder / SPEC}: is of another spec than {run_spec} ({', '.join(differing)})"] if differing else []
 

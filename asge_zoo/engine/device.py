@@ -115,7 +115,7 @@ def deterministic(strict: bool) -> Iterator[None]:
 
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark, workspace = torch.backends.cudnn.benchmark, os.environ.get(WORKSPACE)
-    os.environ.setdefault(WORKSPACE, ":4096:8")  # torch asks for it, before CUDA's first use
+    os.environ.setdefault(WORKSPACE, ":4096:8")  # torch asks for it, and cuBLAS reads it at its first use
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     try:

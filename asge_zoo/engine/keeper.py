@@ -84,7 +84,7 @@ class CheckpointKeeper:
         Raises:
             DivergenceError: what would be saved is not finite.
         """
-        if state.name == self._newest or state.total_steps == 0:
+        if state.name == self._newest:
             return
         state.check_finite()
         folder = self.folder / CHECKPOINTS / state.name
@@ -139,7 +139,7 @@ class CheckpointKeeper:
                 state.restore(candidate)
         except CheckpointError as error:
             wrong = [str(error)]
-        problems += wrong[:1]
+        problems += [problem for problem in wrong[:1] if problem not in problems]
         return not wrong
 
     def _best_left(self, state: TrainState) -> Best | None:

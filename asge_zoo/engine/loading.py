@@ -56,7 +56,10 @@ def find_checkpoint(path: str | Path) -> Path:
                 f"{path}: no epoch is done yet, so there is no best checkpoint; go on with `asge-zoo train --resume`, "
                 f"or name {found[0]}"
             )
-        return path / CHECKPOINTS / best.name
+        known, chosen = path / CHECKPOINTS / best.name, Path(os.path.realpath(path / BEST))
+        if chosen != Path(os.path.realpath(known)) and chosen.is_dir() and check_files(known):
+            return chosen  # by `--resume`, which found the other one lost
+        return known
     if (path / SPEC).is_file() and (path / CHECKPOINTS).is_dir():
         raise CheckpointError(f"{path}: holds no checkpoint yet; go on with `asge-zoo train --resume`")
     seeds = sorted(child.name for child in path.glob("seed-*"))

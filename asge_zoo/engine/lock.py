@@ -27,18 +27,25 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         descriptor = _acquire(folder)
     except WriteError as error:
+        _undo(folder, made)
         raise CheckpointError(
             f"{folder}: can't be written to ({error.strerror}); {error.remedy}, or give another --run-dir"
         ) from error
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # removed under way, or not empty
-            if os.listdir(folder) == [LOCK]:
-                (folder / LOCK).unlink()
-                for path in made:
-                    path.rmdir()
+        _undo(folder, made)
         os.close(descriptor)
+
+
+def _undo(folder: Path, made: list[Path]) -> None:
+    """Remove the lock, and the folders that were made for it, if nothing else was put there."""
+    with contextlib.suppress(OSError):  # removed under way, or not empty
+        if folder.exists() and os.listdir(folder) == [LOCK]:
+            (folder / LOCK).unlink()
+        for path in made:
+            if path.exists():
+                path.rmdir()
 
 
 def _acquire(folder: Path) -> int:

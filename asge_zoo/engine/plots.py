@@ -27,18 +27,17 @@ def plot_curves(records: list[EpochRecord], file: Path, *, title: str) -> None:
     _save(figure, file, title)
 
 
-def plot_units(records: list[EpochRecord], names: list[str], file: Path, *, title: str) -> None:
-    """Accuracy of each unit's own logits at the best epoch (the paper's Figure 3)."""
-    best = max(records, key=lambda record: record.validation.accuracy)
+def plot_units(record: EpochRecord, names: list[str], file: Path, *, title: str) -> None:
+    """Accuracy of each unit's own logits after an epoch (the paper's Figure 3)."""
     figure = Figure(figsize=(max(5.0, 0.45 * len(names)), 3.6), layout="constrained")
     axes = figure.subplots()
     for split, label in SPLITS.items():
-        axes.plot(range(len(names)), getattr(best, split).unit_accuracy, marker="o", label=label)
+        axes.plot(range(len(names)), getattr(record, split).unit_accuracy, marker="o", label=label)
     axes.set(xlabel="unit", ylabel="accuracy (%)")
     axes.set_xticks(range(len(names)), names, rotation=90 if len(names) > 12 else 0)
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, file, f"{title}, epoch {best.epoch}")
+    _save(figure, file, f"{title}, epoch {record.epoch}")
 
 
 def _save(figure: Figure, file: Path, title: str) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from asge_zoo.data.base import Loader
-from asge_zoo.engine.checkpoint import CHECKPOINTS
+from asge_zoo.engine.checkpoint import CHECKPOINTS, checkpoint_name
 from asge_zoo.engine.files import json_bytes, write_file
 from asge_zoo.engine.loading import load_checkpoint
 from asge_zoo.engine.plots import plot_curves, plot_units
-from asge_zoo.engine.run_dir import RESULT
+from asge_zoo.engine.run_dir import CURVES, RESULT, UNITS
 from asge_zoo.engine.state import TrainState
 from asge_zoo.evaluate import evaluate
 
@@ -55,13 +55,14 @@ def test_best(folder: Path, state: TrainState, loader: Loader) -> RunResult:
     device = next(state.graph.parameters()).device
     graph, spec = load_checkpoint(folder / CHECKPOINTS / state.best.name, device=device)
     test = evaluate(graph, loader.split_batches("test"))
-    plot_curves(state.records, folder / "curves.png", title=spec.name)
+    best = next(record for record in state.records if checkpoint_name(record.epoch, 0) == state.best.name)
+    plot_curves(state.records, folder / CURVES, title=spec.name)
     if test.unit_accuracy:
-        plot_units(state.records, [unit.name for unit in graph.units], folder / "units.png", title=spec.name)
+        plot_units(best, [unit.name for unit in graph.units], folder / UNITS, title=spec.name)
     result = RunResult(
         run_dir=str(folder),
         test_accuracy=test.accuracy,
-        val_accuracy=state.best.val_accuracy,
+        val_accuracy=best.validation.accuracy,
         epochs=state.epoch,
         seconds=time.perf_counter() - state.started,
         unit_test_accuracy=test.unit_accuracy,

@@ -9,14 +9,14 @@ from typing import Any
 
 from asge_zoo.compiler.check import parts
 from asge_zoo.engine.checkpoint import CHECKPOINTS, METRICS, SPEC, may_change, metrics_bytes
-from asge_zoo.engine.files import TEMPORARY, json_bytes, make_folder, sweep, write_file
+from asge_zoo.engine.files import TEMPORARY, json_bytes, make_folder, remove, sweep, write_file
 from asge_zoo.engine.loading import newest_first
 from asge_zoo.engine.lock import LOCK
 from asge_zoo.engine.state import TrainState
 from asge_zoo.errors import CheckpointError, SpecError
 from asge_zoo.spec import Spec, load_spec
 
-ENVIRONMENT, RESULT = "environment.json", "result.json"
+ENVIRONMENT, RESULT, CURVES, UNITS = "environment.json", "result.json", "curves.png", "units.png"
 PER_START = ("command", "host", "platform", "data_root")  # may differ and change no result
 
 
@@ -35,12 +35,11 @@ def choose_run_dir(spec: Spec, given: str | Path | None, *, resume: bool) -> Pat
         return folder
     first = Path("runs") / spec.name
     if resume:
-        rivals = sorted(
-            path for path in first.parent.glob(f"{spec.name}-*") if path.name[len(spec.name) + 1 :].isdigit()
-        )
-        if rivals:
-            raise CheckpointError(f"--resume: {first} or {', '.join(map(str, rivals))}? say which with --run-dir")
-        return first
+        numbered = (path for path in first.parent.glob(f"{spec.name}-*") if path.name[len(spec.name) + 1 :].isdigit())
+        begun = [path for path in (first, *sorted(numbered)) if path.exists()] or [first]
+        if len(begun) > 1:
+            raise CheckpointError(f"--resume: {' or '.join(map(str, begun))}? say which with --run-dir")
+        return begun[0]
     folder, number = first, 2
     while folder.exists():
         folder, number = Path("runs") / f"{spec.name}-{number}", number + 1
@@ -54,15 +53,13 @@ def check_unused(folder: Path) -> None:
         CheckpointError: there is something in it.
     """
     if not _is_unused(folder):
-        what = "go on with it by --resume" if (folder / SPEC).exists() else "it is no run to go on with"
-        raise CheckpointError(f"{folder}: exists already and is not empty; {what}, or give another --run-dir")
+        what = "go on with it by --resume, or" if (folder / SPEC).exists() else "it holds no run to go on with:"
+        raise CheckpointError(f"{folder}: exists already and is not empty; {what} give another --run-dir")
 
 
 def _is_unused(folder: Path) -> bool:
     return all(
-        path.name == LOCK
-        or path.name.startswith(TEMPORARY)
-        or (path.match("seed-*") and path.is_dir() and _is_unused(path))
+        path.name in (LOCK, TEMPORARY + SPEC) or (path.match("seed-*") and path.is_dir() and _is_unused(path))
         for path in folder.iterdir()
     )
 
@@ -143,10 +140,16 @@ def start_run_dir(
 
 
 def write_spec(folder: Path, spec: Spec) -> None:
-    """Write a run directory's spec, where it is not the one that stands there, and sweep leftovers away."""
+    """Write a run directory's spec, where it is not the one that stands there, and sweep leftovers away.
+
+    What came of the run by another spec (fewer epochs, that is) goes with it.
+    """
     sweep(folder)
     content = json_bytes(spec.resolved())
     if not (folder / SPEC).exists() or (folder / SPEC).read_bytes() != content:
+        for name in (RESULT, CURVES, UNITS):
+            if (folder / name).exists():
+                remove(folder / name)
         write_file(folder / SPEC, content)
 
 

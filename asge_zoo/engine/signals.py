@@ -34,6 +34,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
+            # also where a shell's `&` has them ignored: who sends one means it, and nothing is lost by it
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 

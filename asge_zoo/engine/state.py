@@ -118,25 +118,21 @@ class TrainState:
         owner = {name: unit.name for unit in units for name in (*unit.parameters, *unit.buffers)}
         for index, local in enumerate(self.graph.local):
             owner |= {f"local.{index}.{name}": units[index].name for name in local.state_dict()}
-        for name, tensor in self.graph.state_dict().items():
+        for name, tensor in {**self.graph.state_dict(), **self._moments()}.items():
             if not tensor.isfinite().all():
                 where = f"epoch {self.epoch + 1}, step {self.step}" if self.step else f"epoch {self.epoch}"
-                of = f"unit {owner[name]}" if name in owner else "the prediction"
-                raise DivergenceError(f"the weights of {of} are not finite after {where} ({name})")
+                whose = name.partition("|")[0]
+                of = f"unit {owner[whose]}" if whose in owner else "the prediction"
+                what = "weights" if whose == name else "moments"
+                raise DivergenceError(f"the {what} of {of} are not finite after {where} ({name})")
 
     def save(self, folder: Path) -> None:
         """Write its checkpoint to `folder`, which must not exist."""
-        described = self.optimizer.state_dict()
-        names = [name for group in described["param_groups"] for name in group["param_names"]]
         write_checkpoint(
             folder,
             spec=self.spec,
             model=self.graph.state_dict(),
-            optimizer={
-                f"{names[index]}|{key}": value
-                for index, entry in described["state"].items()
-                for key, value in entry.items()
-            },
+            optimizer=self._moments(),
             state=SavedState(
                 epoch=self.epoch,
                 step=self.step,
@@ -144,11 +140,19 @@ class TrainState:
                 meter=self.meter.sums,
                 seconds=time.perf_counter() - self.started,
                 epoch_seconds=self.epoch_time.seconds,
-                optimizer=described["param_groups"],
+                optimizer=self.optimizer.state_dict()["param_groups"],
                 schedule=self.scheduler.state_dict(),
             ),
             records=self.records,
         )
+
+    def _moments(self) -> dict[str, Tensor]:
+        """The optimizer's tensors, as `<parameter>|<name>`."""
+        return {
+            f"{name}|{key}": value
+            for name, parameter in self.parameters.items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
 
     def restore(self, folder: Path) -> None:
         """Become what a checkpoint holds, whose sums have been checked.
@@ -162,6 +166,8 @@ class TrainState:
             [record.epoch for record in records] != list(range(1, saved.epoch + 1))
             or saved.step > self.steps_per_epoch
             or saved.meter.batches != saved.step
+            or saved.meter.images < saved.step
+            or {len(saved.meter.right), len(saved.meter.loss)} != {1 + len(self.graph.local) if saved.step else 0}
             or (saved.best is None and saved.step == 0)
             or (saved.best is not None and accuracy.get(saved.best.name) != saved.best.val_accuracy)
         ):
@@ -190,10 +196,12 @@ class TrainState:
             f"{name}|{key}": () if scalar else tuple(self.parameters[name].shape)
             for group in fresh
             for name in group["param_names"]
-            for key, scalar in _moments(self.spec).items()
+            for key, scalar in _kept_by_optimizer(self.spec).items()
         }
         if shapes != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
             raise ValueError("other optimizer tensors")
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError("optimizer tensors that are not finite")
         names = [name for group in fresh for name in group["param_names"]]
         moments: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(names))}
         for key, tensor in tensors.items():
@@ -226,7 +234,7 @@ def begin(spec: Spec, graph: LocalGraph, steps_per_epoch: int, started: float) -
     return TrainState(spec, steps_per_epoch, graph, optimizer, scheduler, started)
 
 
-def _moments(spec: Spec) -> dict[str, bool]:
+def _kept_by_optimizer(spec: Spec) -> dict[str, bool]:
     """Names of the tensors that the spec's optimizer keeps for a parameter, and whether each is a scalar."""
     probe = torch.nn.Parameter(torch.zeros(2))
     probe.grad = torch.zeros(2)

@@ -152,8 +152,7 @@ def _train_seed(
                 fit(state, loader, keeper, stop, progress)
             except StopRequested as stopped:
                 keeper.save(state)
-                saved = f", its state saved as {state.name}" if state.total_steps else " before its first step"
-                raise Stopped(stopped.signal, f"{stopped}{saved}") from None
+                raise Stopped(stopped.signal, f"{stopped}, its state saved as {state.name}") from None
         return test_best(folder, state, loader)
 
 
