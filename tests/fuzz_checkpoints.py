@@ -161,14 +161,14 @@ def rename_checkpoint(folder: Path, draw: random.Random) -> None:
 def copy_checkpoint(folder: Path, draw: random.Random) -> None:
     path = _checkpoint(folder, draw)
     target = path.parent / draw.choice(("epoch-0004", "epoch-0002-step-000004", "copy"))
-    if path.is_dir() and not target.exists():
+    if _is_folder(path) and not target.exists():
         shutil.copytree(path, target, symlinks=True)
 
 
 def take_for_another(folder: Path, draw: random.Random) -> None:
     """A checkpoint, whole in itself, stands under the name of another."""
     one, other = _checkpoint(folder, draw), _checkpoint(folder, draw)
-    if one != other and other.is_dir():
+    if one != other and _is_folder(other):
         _remove(one)
         shutil.copytree(other, one, symlinks=True)
 
@@ -260,8 +260,13 @@ def _fit(folder: Path) -> None:
             with_fitting_manifest(folder)
 
 
+def _is_folder(path: Path) -> bool:
+    """Itself, that is, and no link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
+    if _is_folder(path):
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -354,7 +359,7 @@ class Fuzzer:
     def _damaged(self, folder: Path) -> list[str]:
         """Names of the checkpoints that are there and are not what they were."""
         pairs = [(kept, folder / "checkpoints" / kept.name) for kept in (self.base / "checkpoints").iterdir()]
-        return [now.name for kept, now in pairs if now.is_dir() and _contents(now) != _contents(kept)]
+        return [now.name for kept, now in pairs if _is_folder(now) and _contents(now) != _contents(kept)]
 
     def _checked(self, what: str, *line: str) -> tuple[int, str, str]:
         """A command's exit code, stdout and stderr; notes what is no clear answer."""
