@@ -3,6 +3,7 @@
 ZooError                exit code 2: bad input
 ├── SpecError           a spec, an override or a component's options
 ├── DataError           a dataset that is missing, unreadable or too small
+├── PluginError         a component of an installed package that does not work
 ├── CheckpointError     a run directory or checkpoint that is missing, damaged or in the way
 └── DivergenceError     losses or weights that are no longer finite
 
@@ -24,6 +25,10 @@ class SpecError(ZooError):
 
 class DataError(ZooError):
     """A dataset is missing, unreadable or too small for the spec."""
+
+
+class PluginError(ZooError):
+    """A component that an installed package provides can't be used."""
 
 
 class CheckpointError(ZooError):

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from asge_zoo.errors import SpecError
-from asge_zoo.registry import Component, Options, Slot, default_component
+from asge_zoo.registry import Component, Options, Origin, Slot, default_component, origins
 
 
 class Checkpointing(Options):
@@ -60,14 +60,16 @@ class Spec(Options):
     optimizer: Annotated[Component, Slot("optimizer", "adamw")] = default_component("optimizer", "adamw")
     schedule: Annotated[Component, Slot("schedule", "cosine")] = default_component("schedule", "cosine")
     train: Train = Train()
+    plugins: list[Origin] = Field(default=[], description="Filled in: where components that are not built in are from.")
 
     def resolved(self) -> dict[str, Any]:
-        """The whole spec as JSON values, every default written out."""
-        return self.model_dump(mode="json")
+        """The whole spec as JSON values, every default written out; `plugins` where there are any."""
+        return self.model_dump(mode="json", exclude=None if self.plugins else {"plugins"})
 
     def digest(self) -> str:
-        """sha256 (hex) of the resolved spec in canonical JSON."""
-        canonical = json.dumps(self.resolved(), sort_keys=True, separators=(",", ":"))
+        """sha256 (hex) of the resolved spec in canonical JSON, whatever versions its plugins have."""
+        values = self.model_dump(mode="json", exclude={"plugins"})
+        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def for_seed(self, seed: int) -> "Spec":
@@ -92,7 +94,7 @@ def _leaves(value: Any, path: str) -> dict[str, Any]:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of specs, with every registered component."""
+    """The JSON Schema (draft 2020-12) of specs, with every registered component; see `registry.load_plugins`."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Spec.model_json_schema(by_alias=True)}
 
 
@@ -120,9 +122,10 @@ def load_spec(source: str | Path | dict[str, Any], *, overrides: Iterable[str] =
     for override in overrides:
         apply_override(raw, override)
     try:
-        return Spec.model_validate(raw)
+        spec = Spec.model_validate(raw, context={"plugins": raw.get("plugins")})
     except ValidationError as error:
         raise SpecError(f"{where}: {describe(error)}") from None
+    return spec.model_copy(update={"plugins": origins(spec)})
 
 
 def _read(path: Path) -> Any:
@@ -201,7 +204,7 @@ def _flatten(error: ValidationError, prefix: tuple[str | int, ...]) -> Iterable[
         if "key" in context:
             location = (*location, context["key"])
         message = item["msg"].removeprefix("Value error, ")
-        if item["type"] not in ("missing", "unknown_key", "unknown_kind", "component"):
+        if item["type"] not in ("missing", "unknown_key", "unknown_kind", "component", "plugin"):
             given = textwrap.shorten(json.dumps(item["input"], default=str), 60, placeholder=" …")
             message = f"{message[:1].lower()}{message[1:]}, got {given}{REMEDIES.get(item['type'], '')}"
         yield ".".join(map(str, location)), message

@@ -68,7 +68,7 @@ def main() -> None:
         RunProgress(spec.name, loader.steps() * loader.batch_size) as progress,
     ):
         keeper = CheckpointKeeper(Path(folder), spec.train.checkpoint)
-        start_run_dir(Path(folder), spec, environment(device, root), state, progress.warn)
+        start_run_dir(Path(folder), spec, environment(device, root, spec.plugins), state, progress.warn)
         started = time.perf_counter()
         train_epoch(state, loader, keeper, StopSignals(), progress)
         epoch = time.perf_counter() - started
@@ -93,7 +93,7 @@ def main() -> None:
         "save_median_seconds": statistics.median(saves),
         "save_slowest_seconds": max(saves),
         "save_share_of_epoch": statistics.median(saves) / epoch,
-        "environment": environment(device, root),
+        "environment": environment(device, root, spec.plugins),
     }
     print(json.dumps(report, indent=2))
 

@@ -16,6 +16,7 @@ LONGEST = 300
 # a line. A name is a folder or a module of the package; the longest that fits a module is its room.
 ORDER = (
     ("errors", "seeding"),
+    ("plugins",),
     ("registry",),
     ("spec",),
     ("ops",),

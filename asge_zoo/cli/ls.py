@@ -10,15 +10,17 @@ from asge_zoo.cli import options
 
 
 @click.command("ls")
-@click.argument("what", metavar="WHAT", type=click.Choice(["specs", "components", "datasets"]))
+@click.argument("what", metavar="WHAT", type=click.Choice(["specs", "components", "plugins", "datasets"]))
 @options.data_root
 @options.as_json
 def ls(what: str, data_root: Path | None, as_json: bool) -> None:
-    """List shipped specs, components by group, or datasets and where they lie."""
+    """List shipped specs, components by group, what installed plugins provide, or datasets and where they lie."""
     if what == "specs":
         rows = _specs()
     elif what == "components":
         rows = _components()
+    elif what == "plugins":
+        rows = _plugins()
     else:
         rows = _datasets(data_root)
     if as_json:
@@ -27,6 +29,9 @@ def ls(what: str, data_root: Path | None, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    if not rows:
+        print(f"no {what} are installed")
+        return
     table = Table(box=None, pad_edge=False)
     for column in rows[0]:
         table.add_column(column)
@@ -53,6 +58,21 @@ def _components() -> list[dict[str, Any]]:
         {"group": group, "kind": kind, "summary": (component.__doc__ or "").strip().splitlines()[0]}
         for group in ROOMS
         for kind, component in components(group).items()
+    ]
+
+
+def _plugins() -> list[dict[str, Any]]:
+    from asge_zoo.registry import load_plugins
+
+    return [
+        {
+            "kind": plugin.kind,
+            "component": plugin.component,
+            "distribution": plugin.distribution,
+            "version": plugin.version,
+            "error": str(error) if error else None,
+        }
+        for plugin, error in load_plugins()
     ]
 
 

@@ -232,7 +232,7 @@ def _check_run(folder: Path) -> list[str]:
         return []
     try:
         read_state(folder)
-        if not run_spec.exists():
+        if not run_spec.exists() or _read(run_spec) == _read(folder / SPEC):  # equal ones need no plugin they name
             return []
         differing = [path for path in load_spec(run_spec).differences(load_spec(folder / SPEC)) if not may_change(path)]
     except (SpecError, CheckpointError) as error:

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from asge_zoo.errors import SpecError
+from asge_zoo.registry import Origin
 
 PACKAGES = ("asge-zoo", "torch", "triton", "torchvision", "pydantic", "safetensors", "scikit-learn", "numpy", "ffcv")
 
@@ -74,13 +75,14 @@ VARIABLES = (
 )
 
 
-def environment(device: torch.device, data_root: Path) -> dict[str, Any]:
+def environment(device: torch.device, data_root: Path, plugins: Sequence[Origin]) -> dict[str, Any]:
     """What a run runs on: together with its spec, enough to say why two runs may differ."""
     on_gpu = device.type == "cuda"
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": package_versions(),
+        "plugins": {str(origin.distribution): origin.version for origin in plugins},
         "device": str(device),
         "device_name": device_name(device),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -129,6 +129,9 @@ def load_checkpoint(folder: Path, *, device: str | torch.device = "cpu") -> tupl
         raise CheckpointError(f"{problems[0]}; take another checkpoint, or train again")
     try:
         spec = load_spec(folder / SPEC)
+    except SpecError as error:
+        raise CheckpointError(str(error)) from error
+    try:
         graph = compile_spec(spec, device=device)
         graph.load_state_dict(safetensors.torch.load_file(folder / MODEL))
     except (SpecError, RuntimeError, OSError, safetensors.SafetensorError) as error:

@@ -142,7 +142,7 @@ def _train_seed(
                 progress.say(f"{spec.name}: compiling the step, about half a minute if it is not cached")
             try_step(graph, loader)
         on_start()
-        start_run_dir(folder, spec, environment(device, root), state, progress.warn)
+        start_run_dir(folder, spec, environment(device, root, spec.plugins), state, progress.warn)
         if state.total_steps:
             keeper.keep(state, newer=True)
         progress.begin(state.total_steps * loader.batch_size)
