@@ -20,6 +20,7 @@ class Evaluation:
         count: images seen.
         accuracy, top5, loss: of the prediction strategy.
         unit_accuracy, unit_loss: of each unit's own logits; empty for a rule without local logits.
+        mean_depth: units that an image needed, on average, of a strategy that exits early; else None.
     """
 
     count: int
@@ -28,6 +29,7 @@ class Evaluation:
     loss: float
     unit_accuracy: list[float]
     unit_loss: list[float]
+    mean_depth: float | None = None
 
 
 @torch.no_grad()
@@ -39,12 +41,20 @@ def evaluate(graph: LocalGraph, batches: Iterable[Batch]) -> Evaluation:
     for images, labels in batches:
         logits, unit_logits = graph.all_logits(images)
         top = logits.topk(min(TOP_K, logits.shape[1])).indices == labels[:, None]
-        sums = [top.sum(), *(_measure(each, labels) for each in (logits, *unit_logits))]
+        sums = [top.sum(), _depth(graph, unit_logits), *(_measure(each, labels) for each in (logits, *unit_logits))]
         totals.append(torch.cat([part.double().flatten() for part in sums]))
         count += len(labels)
     total = (torch.stack(totals).sum(0) / count).tolist()
-    accuracy, loss = [100 * share for share in total[1::2]], total[2::2]
-    return Evaluation(count, accuracy[0], 100 * total[0], loss[0], accuracy[1:], loss[1:])
+    accuracy, loss = [100 * share for share in total[2::2]], total[3::2]
+    depth = total[1] if graph.prediction.exits_early else None
+    return Evaluation(count, accuracy[0], 100 * total[0], loss[0], accuracy[1:], loss[1:], depth)
+
+
+def _depth(graph: LocalGraph, unit_logits: list[torch.Tensor]) -> torch.Tensor:
+    """Units that a batch's images need, summed; zero where all run the same ones."""
+    if not graph.prediction.exits_early:
+        return torch.zeros((), device=next(graph.parameters()).device)
+    return graph.prediction.depth(graph.head, unit_logits).clamp(max=len(unit_logits)).sum()
 
 
 def _measure(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

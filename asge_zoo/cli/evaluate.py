@@ -32,6 +32,7 @@ def evaluate(checkpoint: Path, split: str, data_root: Path | None, device: str |
         "count": found.count,
         "unit_accuracy": found.unit_accuracy,
         "loss": found.loss,
+        "mean_depth": found.mean_depth,
         "split": split,
         "name": spec.name,
         "spec_sha256": spec.digest(),
@@ -40,5 +41,7 @@ def evaluate(checkpoint: Path, split: str, data_root: Path | None, device: str |
         print(json.dumps(report))
         return
     print(f"{spec.name}: {found.accuracy:.2f} % of {found.count} {split} images (top 5: {found.top5:.2f} %)")
+    if found.mean_depth is not None:
+        print(f"  mean depth: {found.mean_depth:.2f} of {len(graph.units)} units")
     for unit, accuracy in zip(graph.units, found.unit_accuracy, strict=False):
         print(f"  {unit.name}: {accuracy:.2f} %")

@@ -5,7 +5,8 @@ from typing import NamedTuple, cast
 from asge_zoo.backbones.base import Backbone
 from asge_zoo.data.base import Dataset
 from asge_zoo.errors import SpecError
-from asge_zoo.graph.local_graph import Prediction, Rule
+from asge_zoo.graph.local_graph import Rule
+from asge_zoo.graph.prediction import Prediction
 from asge_zoo.ops.norm import Norm
 from asge_zoo.ops.pooling import Pooling
 from asge_zoo.optim.optimizers import Optimizer
@@ -54,7 +55,7 @@ def check_spec(spec: Spec) -> None:
             f"backbone.kind: {backbone.kind} needs images of at least {smallest} pixels a side for its pools, and "
             f"{data.kind} gives {info.height}×{info.width}; set data.size to {smallest} or more"
         )
-    if prediction.uses_unit_logits and not rule.layer_local:
+    if (prediction.uses_unit_logits or prediction.exits_early) and not rule.layer_local:
         raise SpecError(
             f"prediction.kind: '{prediction.kind}' reads the units' own logits, which rule '{rule.kind}' has not; "
             f"choose last or fusion"

@@ -1,8 +1,9 @@
 """Cutting a traced backbone into units, one convolution each.
 
 A unit opens at a convolution that depends on the open unit's convolution; one that does not (a
-shortcut's projection) is parallel and joins it. Behind a `Transfer`, where the unit's goodness has
-been read, parameters belong to the next unit. All else belongs to the unit before it.
+shortcut's projection) is parallel and joins it. In or behind a `Transfer`, where the unit's goodness has
+been read, parameters belong to the next unit, and so does all that follows them. All else belongs to
+the unit before it.
 """
 
 import math
@@ -61,7 +62,8 @@ def _segments(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[Segment]:
         module = modules[str(node.target)] if node.op == "call_module" else None
         depends = any(source in segments[-1].dependent for source in node.all_input_nodes)
         learns = module is not None and any(True for _ in module.parameters())
-        if depends and (is_convolution(module) or (segments[-1].transferred and learns)):
+        behind = segments[-1].transferred or isinstance(module, Transfer)
+        if depends and (is_convolution(module) or (behind and learns)):
             segments.append(Segment())
             depends = False
         current = segments[-1]
@@ -153,7 +155,7 @@ def _unit(
 def _activation(segment: Segment, modules: dict[str, nn.Module]) -> fx.Node:
     """What goodness reads: what enters the unit's transfer, or else what leaves the unit last."""
     for node in _module_calls(segment):
-        if isinstance(modules[str(node.target)], Transfer):
+        if isinstance(modules[str(node.target)], Transfer) and node in segment.dependent:
             return node.all_input_nodes[0]
     return segment.nodes[-1]
 

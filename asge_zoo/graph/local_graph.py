@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import grad_and_value
 
 from asge_zoo.graph.functional import bind, full_precision, own_code
+from asge_zoo.graph.prediction import Prediction
 from asge_zoo.graph.unit import Unit, Values
 from asge_zoo.ops.goodness import MapShape
 from asge_zoo.registry import Component
@@ -39,49 +40,6 @@ class StepResult(NamedTuple):
     logits: Tensor
     head_loss: Tensor
     buffers: dict[str, Tensor]
-
-
-class Prediction(Component):
-    """Contract of a prediction strategy: what it keeps of each unit, its head, and where it may stop."""
-
-    group: ClassVar[str] = "prediction"
-    uses_unit_logits: ClassVar[bool] = False
-
-    @property
-    def head_lr(self) -> float | None:
-        """Learning rate of the head; None for the optimizer's own."""
-        return None
-
-    @abstractmethod
-    def build(self, units: Sequence[Unit], num_classes: int) -> nn.Module:
-        """The head: its parameters are trained on what is kept, its buffers hold what is chosen."""
-
-    @abstractmethod
-    def keep(self, index: int, num_units: int, activation: Tensor, output: Tensor) -> Tensor | None:
-        """What the head needs of unit `index`, of shape (B, …), or None.
-
-        Args:
-            index: the unit's place, from 0.
-            num_units: how many units there are.
-            activation: (B, C, H, W), what goodness reads.
-            output: (B, C, H', W'), what the next unit reads.
-        """
-
-    @abstractmethod
-    def logits(self, head: Callable[..., Tensor], kept: list[Tensor], unit_logits: Sequence[Tensor]) -> Tensor:
-        """Class logits (B, N) from what was kept, in the units' order, and the units' own logits."""
-
-    def last_unit(self, head: nn.Module, num_units: int) -> int:
-        """Index of the last unit that inference needs to run."""
-        return num_units - 1
-
-    def select(self, head: nn.Module, unit_accuracy: Sequence[float]) -> bool:
-        """Settle what is chosen by the units' validation accuracy (percent), in the head's buffers.
-
-        Returns:
-            Whether the choice changed, and with it the prediction.
-        """
-        return False
 
 
 class Rule(Component):
@@ -263,6 +221,8 @@ class LocalGraph(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Class logits (B, N) for images (B, C, H, W); later units than the prediction needs don't run."""
+        if self.prediction.exits_early:
+            return self._infer_leaving(images)
         stop = self.prediction.last_unit(self.head, len(self.units))
         return self._infer(images, stop, local=self.prediction.uses_unit_logits)[0]
 
@@ -286,6 +246,29 @@ class LocalGraph(nn.Module):
                 kept.extend(summary)
             with full_precision(images):
                 return self.prediction.logits(self.head, kept, unit_logits), unit_logits
+
+    def _infer_leaving(self, images: Tensor) -> Tensor:
+        """Logits (B, N); an image leaves the batch once its depth is reached."""
+        env: dict[str, Tensor] = {INPUT: images}
+        rows, logits = torch.arange(len(images), device=images.device), images.new_empty(len(images), self.num_classes)
+        kept, unit_logits = [], []
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
+            for index, unit in enumerate(self.units):
+                after = unit.run(env)
+                with full_precision(images):
+                    unit_logits.append(self.local[index](after[unit.activation]))
+                    kept.extend(self.keep(index, after))
+                    done = self.prediction.depth(self.head, unit_logits) <= index + 1
+                    if index + 1 == len(self.units):
+                        done = torch.ones_like(done)
+                    answers = self.prediction.logits(self.head, kept, unit_logits)
+                logits[rows[done]] = answers[done].to(logits.dtype)
+                rows = rows[~done]
+                if len(rows) == 0:
+                    break
+                kept, unit_logits = [x[~done] for x in kept], [x[~done] for x in unit_logits]
+                env = {name: value[~done] for name, value in unit.leave(after).items()}
+        return logits
 
     def walk(
         self, images: Tensor, *, values: Values | None = None, stop: int | None = None

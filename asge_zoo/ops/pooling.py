@@ -11,7 +11,7 @@ from asge_zoo.registry import Component, register
 
 
 class Pooling(Component):
-    """Contract of a pooling: builds a module without parameters."""
+    """Contract of a pooling: builds a module. If it has parameters, the unit that reads the pooled map trains them."""
 
     group: ClassVar[str] = "pooling"
 

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from asge_zoo.graph.local_graph import Prediction
+from asge_zoo.graph.prediction import Prediction
 from asge_zoo.graph.unit import Unit
 from asge_zoo.registry import register
 

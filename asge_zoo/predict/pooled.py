@@ -7,7 +7,7 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from asge_zoo.graph.local_graph import Prediction
+from asge_zoo.graph.prediction import Prediction
 from asge_zoo.graph.unit import Unit
 
 
