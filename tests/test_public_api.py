@@ -21,6 +21,8 @@ COMMAND_LINE = {
     "ls": "WHAT --data-root --json",
     "verify": "PATH --json",
     "doctor": "--data-root --json",
+    "plugins check": "NAME --json",
+    "plugins new": "NAME --kind --path",
 }
 HEAVY = {"torch", "torchvision", "timm", "numpy", "sklearn", "matplotlib"}
 
@@ -78,9 +80,18 @@ def test_validate_loads_only_what_the_spec_needs(spec: str) -> None:
     assert not loaded & {"torchvision", "timm", "matplotlib"}
 
 
+def commands(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
+    """Every command by what is typed."""
+    found: dict[str, click.Command] = {}
+    for name, command in group.commands.items():
+        inner = isinstance(command, click.Group)
+        found |= commands(command, f"{prefix}{name} ") if inner else {f"{prefix}{name}": command}
+    return found
+
+
 def test_commands_and_their_options_are_frozen() -> None:
     found = {}
-    for name, command in group.commands.items():
+    for name, command in commands(group).items():
         words = []
         for parameter in command.params:
             option = isinstance(parameter, click.Option)
@@ -91,7 +102,7 @@ def test_commands_and_their_options_are_frozen() -> None:
 
 @pytest.mark.parametrize("name", COMMAND_LINE)
 def test_every_command_and_option_is_explained(name: str) -> None:
-    command = group.commands[name]
+    command = commands(group)[name]
     assert command.help
     undescribed = [p.name for p in command.params if isinstance(p, click.Option) and not p.help]
     assert not undescribed
