@@ -5,8 +5,8 @@
 In an environment of its own, made with uv: the package is installed, listed with its distribution and version, named in
 a spec that validates, trains two epochs on digits and is evaluated, its checkpoint is loaded in another process; then
 it is uninstalled, and the same checkpoint must give one line with the remedy, exit code 2. At the end, `validate` of a
-spec without plugins is timed with none and with twenty of them installed. Prints JSON; exit code 1 if anything was
-wrong.
+spec without plugins is timed with none and with twenty of them installed, in turns. Prints JSON; exit code 1 if anything
+was wrong.
 """
 
 import json
@@ -49,10 +49,9 @@ class Environment:
         """Uninstall a package."""
         self._uv("pip", "uninstall", "--python", str(self.bin / "python"), name)
 
-    def run(self, *line: str | Path) -> subprocess.CompletedProcess[str]:
-        """Run a program of the environment's."""
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        environment.pop("PYTHONPATH", None)
+    def run(self, *line: str | Path, beside: Path | None = None) -> subprocess.CompletedProcess[str]:
+        """Run a program of the environment's, with a folder of packages beside it."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(beside or "")}
         command = [str(self.bin / line[0]), *map(str, line[1:])]
         return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
 
@@ -104,27 +103,29 @@ def lifecycle(environment: Environment, group: str) -> list[str]:
     return wrong
 
 
-def validate_seconds(environment: Environment) -> float:
-    """Median time of `asge-zoo validate` of a shipped spec."""
-    seconds = []
+def validate_seconds(environment: Environment, packages: Path) -> tuple[float, float]:
+    """Median times of `asge-zoo validate` of a shipped spec, without and with a folder of packages beside."""
+    seconds: dict[Path | None, list[float]] = {None: [], packages: []}
     for _ in range(RUNS):
-        started = time.perf_counter()
-        done = environment.run("asge-zoo", "validate", "vgg8_digits")
-        seconds.append(time.perf_counter() - started)
-        assert done.returncode == 0, done.stderr
-    return statistics.median(seconds)
+        for beside, times in seconds.items():
+            started = time.perf_counter()
+            done = environment.run("asge-zoo", "validate", "vgg8_digits", beside=beside)
+            times.append(time.perf_counter() - started)
+            assert done.returncode == 0, done.stderr
+    return statistics.median(seconds[None]), statistics.median(seconds[packages])
 
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as work:
         environment = Environment(Path(work))
         wrong = [problem for group in GROUPS for problem in lifecycle(environment, group)]
-        none = validate_seconds(environment)
-        packages = [f"acme-p{number}" for number in range(PLUGINS)]
+        beside, packages = Path(work) / "beside", [f"acme-p{number}" for number in range(PLUGINS)]
         for number, name in enumerate(packages):
             write_package(name, GROUPS[number % len(GROUPS)], environment.folder)
-        environment.install(*(environment.folder / name for name in packages))
-        twenty = validate_seconds(environment)
+        environment.install("--no-deps", "--target", beside, *(environment.folder / name for name in packages))
+        listed = json.loads(environment.run("asge-zoo", "ls", "plugins", "--json", beside=beside).stdout)
+        wrong += [] if len(listed) == PLUGINS else [f"{len(listed)} plugins are listed, of {PLUGINS}"]
+        none, twenty = validate_seconds(environment, beside)
     times = {"validate_seconds": none, f"validate_seconds_with_{PLUGINS}_plugins": twenty}
     print(json.dumps({"components": len(GROUPS), "problems": wrong, **times}, indent=2))
     return bool(wrong)

@@ -388,3 +388,41 @@ def test_doctor_tries_the_compiler(cli: Cli, here: Path) -> None:
     said = cli("doctor", "--json")
     checks = {check["name"]: check for check in json.loads(said.out)["checks"]}
     assert (checks["torch.compile"]["status"], said.code) == ("ok", 0), checks["torch.compile"]
+
+
+# compare
+
+
+def test_compare_puts_runs_side_by_side(cli: Cli, trained: TrainedRun, tmp_path: Path) -> None:
+    untested = Path(shutil.copytree(trained.folder, tmp_path / "untested", symlinks=True))
+    (untested / "result.json").unlink()
+    tested, open_ = json.loads(cli("compare", trained.folder, untested, "--json").out)
+    assert tested["unit_test_accuracy"] == trained.result.unit_test_accuracy
+    assert (tested["test_accuracy"], tested["rule"]["kind"]) == (trained.result.test_accuracy, "asge")
+    assert open_["test_accuracy"] is None and open_["unit_accuracy"] == tested["unit_accuracy"]
+    assert tested["validation_accuracy"] == trained.result.val_accuracy
+    lines = cli("compare", trained.folder, untested).out.splitlines()
+    unit = next(line for line in lines if line.startswith("unit 7"))
+    assert f"{tested['unit_test_accuracy'][6]:.2f} %" in unit and f"{open_['unit_accuracy'][6]:.2f} %" in unit
+
+
+def test_compare_needs_no_plugin(cli: Cli, trained: TrainedRun, tmp_path: Path) -> None:
+    """What a checkpoint came to is shown where it can't be loaded."""
+    folder = Path(shutil.copytree(trained.folder, tmp_path / "run", symlinks=True))
+    spec = json.loads((folder / "spec.json").read_text())
+    (folder / "spec.json").write_text(json.dumps({**spec, "rule": {"kind": "acme.none"}}))
+    said = cli("compare", folder)
+    assert said.code == 0 and "acme.none" in said.out
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("spec.json", None), ("spec.json", "[]"), ("metrics.jsonl", "{"), ("metrics.jsonl", "")]
+)
+def test_compare_refuses_what_is_no_run(
+    name: str, content: str | None, cli: Cli, trained: TrainedRun, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(trained.folder, tmp_path / "run", symlinks=True))
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    assert_refused(cli("compare", trained.folder, folder), str(folder))

@@ -15,6 +15,7 @@ from asge_zoo.cli.main import cli as group
 COMMAND_LINE = {
     "train": "SPEC --set --run-dir --resume --data-root --device --json",
     "eval": "CHECKPOINT --split --data-root --device --json",
+    "compare": "RUNS --json",
     "validate": "SPEC --set --json",
     "explain": "SPEC --set --json",
     "schema": "--json",

@@ -9,6 +9,7 @@ from signal import Signals
 
 import click
 
+from asge_zoo.cli.compare import compare
 from asge_zoo.cli.doctor import doctor
 from asge_zoo.cli.evaluate import evaluate
 from asge_zoo.cli.explain import explain
@@ -20,7 +21,7 @@ from asge_zoo.cli.validate import validate
 from asge_zoo.cli.verify import verify
 from asge_zoo.errors import Stopped, ZooError
 
-COMMANDS = (train, evaluate, validate, explain, schema, ls, plugins, verify, doctor)
+COMMANDS = (train, evaluate, compare, validate, explain, schema, ls, plugins, verify, doctor)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
