@@ -5,7 +5,7 @@
 In an environment of its own, made with uv: the package is installed, listed with its distribution and version, named in
 a spec that validates, trains two epochs on digits and is evaluated, its checkpoint is loaded in another process; then
 it is uninstalled, and the same checkpoint must give one line with the remedy, exit code 2. At the end, `validate` of a
-spec without plugins is timed with none and with twenty of them installed, in turns. Prints JSON; exit code 1 if anything
+spec without plugins is timed with none and with twenty of them installed, in turns. Prints JSON; exit code 1 if a thing
 was wrong.
 """
 
