@@ -32,22 +32,31 @@ class Evaluation:
     mean_depth: float | None = None
 
 
-@torch.no_grad()
 def evaluate(graph: LocalGraph, batches: Iterable[Batch]) -> Evaluation:
     """Measure `graph` on batches of images (B, C, H, W) and labels (B,); leaves it in evaluation mode."""
+    return evaluate_alternatives(graph, batches)[0]
+
+
+@torch.no_grad()
+def evaluate_alternatives(graph: LocalGraph, batches: Iterable[Batch]) -> tuple[Evaluation, list[float]]:
+    """As `evaluate`, and the accuracy (percent) of each of the prediction's alternatives, in the same pass."""
     graph.eval()
-    count = 0
+    count = units = 0
     totals: list[torch.Tensor] = []
     for images, labels in batches:
         logits, unit_logits = graph.all_logits(images)
         top = logits.topk(min(TOP_K, logits.shape[1])).indices == labels[:, None]
-        sums = [top.sum(), _depth(graph, unit_logits), *(_measure(each, labels) for each in (logits, *unit_logits))]
+        measured = [_measure(each, labels) for each in (logits, *unit_logits)]
+        choices = [_correct(each, labels) for each in graph.prediction.alternatives(graph.head, unit_logits)]
+        sums = [top.sum(), _depth(graph, unit_logits), *measured, *choices]
         totals.append(torch.cat([part.double().flatten() for part in sums]))
-        count += len(labels)
+        count, units = count + len(labels), len(unit_logits)
     total = (torch.stack(totals).sum(0) / count).tolist()
-    accuracy, loss = [100 * share for share in total[2::2]], total[3::2]
+    end = 2 + 2 * (1 + units)
+    accuracy, loss = [100 * share for share in total[2:end:2]], total[3:end:2]
     depth = total[1] if graph.prediction.exits_early else None
-    return Evaluation(count, accuracy[0], 100 * total[0], loss[0], accuracy[1:], loss[1:], depth)
+    found = Evaluation(count, accuracy[0], 100 * total[0], loss[0], accuracy[1:], loss[1:], depth)
+    return found, [100 * share for share in total[end:]]
 
 
 def _depth(graph: LocalGraph, unit_logits: list[torch.Tensor]) -> torch.Tensor:
@@ -59,5 +68,9 @@ def _depth(graph: LocalGraph, unit_logits: list[torch.Tensor]) -> torch.Tensor:
 
 def _measure(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Correct answers and summed cross-entropy, as one tensor (2,)."""
-    correct = (logits.argmax(1) == labels).sum()
-    return torch.stack([correct.float(), F.cross_entropy(logits, labels, reduction="sum")])
+    return torch.stack([_correct(logits, labels).float(), F.cross_entropy(logits, labels, reduction="sum")])
+
+
+def _correct(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Correct answers, ()."""
+    return (logits.argmax(1) == labels).sum()

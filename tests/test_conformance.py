@@ -399,8 +399,8 @@ class Hurries(Mean):
 class Wavers(Best):
     """Says that it changes whenever it is asked."""
 
-    def select(self, head: nn.Module, unit_accuracy: Sequence[float]) -> bool:
-        return super().select(head, unit_accuracy) or True
+    def select(self, head: nn.Module, accuracy: Sequence[float]) -> bool:
+        return super().select(head, accuracy) or True
 
 
 class Deaf(Last):

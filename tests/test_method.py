@@ -141,6 +141,7 @@ def test_step_equals_the_reference(network: str, pooling: str, alpha: float, sha
         assert_close(result.grads[f"backbone.conv{i + 1}.weight"], step.weight_grad, f"{where}: weight")
         assert_close(result.grads[f"backbone.conv{i + 1}.bias"], step.bias_grad, f"{where}: bias")
     logits, loss, grads = reference.head_step([step.output for step in steps[1:]], head_of(graph), labels)
+    assert result.logits is not None
     assert_close(result.logits, logits, "classifier: logits")
     assert_close(result.head_loss, loss, "classifier: loss")
     for name, grad in zip(graph.head_parameters, grads, strict=True):
@@ -327,7 +328,7 @@ def test_every_parameter_gets_a_finite_gradient(rule: str, prediction: str, vari
         assert (grad.shape, grad.dtype) == (parameters[name].shape, torch.float32), name
         assert grad.isfinite().all() and grad.any() and not grad.requires_grad, name
     assert result.losses.shape == (len(graph.units) if rule == "asge" else 1,)
-    assert result.logits.shape == (5, 10)
+    assert result.logits is not None and result.logits.shape == (5, 10)
 
 
 @pytest.mark.parametrize("parts", [{}, {"norm": {"kind": "layer", "affine": True}}], ids=["plain", "affine"])
@@ -369,6 +370,7 @@ def test_best_stops_at_the_chosen_unit(unit: int) -> None:
     assert torch.equal(logits, unit_logits[unit])
     assert sum(torch.equal(logits, each) for each in unit_logits) == 1
     result = graph.step(images, labels)
+    assert result.logits is not None
     assert torch.equal(result.logits, result.unit_logits[unit])
     assert torch.equal(result.head_loss, F.cross_entropy(result.logits, labels))
 
@@ -442,6 +444,7 @@ def test_bfloat16_stays_close(rule: str) -> None:
     exact_graph, graph = (build(rule={"kind": rule}, precision=kind) for kind in ("float32", "bfloat16"))
     exact, rounded = (each.step(images, labels) for each in (exact_graph, graph))
     assert {p.dtype for p in graph.parameters()} == {torch.float32}
+    assert rounded.logits is not None
     for tensor in (rounded.losses, rounded.logits, rounded.head_loss, *rounded.unit_logits, *rounded.grads.values()):
         assert tensor.dtype == torch.float32
     assert_close(rounded.losses, exact.losses, "losses", 0.02)

@@ -6,6 +6,7 @@ import torch
 
 from asge_zoo.compiler.check import check_spec, parts
 from asge_zoo.compiler.cut import cut
+from asge_zoo.errors import SpecError
 from asge_zoo.graph.local_graph import LocalGraph
 from asge_zoo.ops.goodness import MapShape
 from asge_zoo.seeding import keyed_generator, keyed_seed
@@ -36,9 +37,11 @@ def compile_spec(spec: Spec, *, device: str | torch.device = "cpu") -> LocalGrap
         with built_on:
             module = part.backbone.build(info.channels, pooling=part.pooling, norm=part.norm)
         pieces = cut(module, (info.channels, info.height, info.width))
+        last = pieces[-1].channels
+        shapes = [MapShape(piece.channels, piece.height, piece.width, last_channels=last) for piece in pieces]
+        rule.check(shapes, len(info.classes))
         units, local = [], []
-        for index, piece in enumerate(pieces):
-            shape = MapShape(piece.channels, piece.height, piece.width, last_channels=pieces[-1].channels)
+        for index, (piece, shape) in enumerate(zip(pieces, shapes, strict=True)):
             partition, goodness_dim = rule.goodness_layout(shape)
             classifier = rule.build_unit(shape, len(info.classes), keyed_generator(seed, "local", index))
             parameters = piece.parameters
@@ -48,6 +51,11 @@ def compile_spec(spec: Spec, *, device: str | torch.device = "cpu") -> LocalGrap
             units.append(replace(piece, partition=partition, goodness_dim=goodness_dim, parameters=parameters))
         torch.manual_seed(keyed_seed(seed, "head"))
         head = part.prediction.build(units, len(info.classes))
+    if rule.candidate_labels and any(True for _ in head.parameters()):
+        raise SpecError(
+            f"prediction.kind: '{part.prediction.kind}' has a head to train, and rule '{rule.kind}' has no class "
+            f"logits while it trains; choose best"
+        )
     graph = LocalGraph(
         backbone=module,
         units=units,

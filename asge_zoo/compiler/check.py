@@ -60,3 +60,13 @@ def check_spec(spec: Spec) -> None:
             f"prediction.kind: '{prediction.kind}' reads the units' own logits, which rule '{rule.kind}' has not; "
             f"choose last or fusion"
         )
+    if rule.candidate_labels and not prediction.uses_unit_logits:
+        raise SpecError(
+            f"prediction.kind: '{prediction.kind}' does not read the units' own logits, and rule '{rule.kind}', whose "
+            f"answers take a pass a candidate label, gives nothing else; choose best"
+        )
+    if prediction.exits_early and type(rule).infer is not Rule.infer:
+        raise SpecError(
+            f"prediction.kind: '{prediction.kind}' exits early, which rule '{rule.kind}' can't, for it runs the units "
+            f"in its own way; choose best"
+        )

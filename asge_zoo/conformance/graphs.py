@@ -19,7 +19,8 @@ from asge_zoo.registry import Component
 from asge_zoo.seeding import keyed_generator
 from asge_zoo.spec import load_spec
 
-BATCH, CLASSES, WIDTH = 8, 10, 0.05
+BATCH, CLASSES = 8, 10
+WIDTH = CLASSES / 128  # channels that the classes divide, for rules that need that
 
 
 class Short(VGG):
@@ -31,10 +32,11 @@ class Short(VGG):
 def kit_graph(
     group: str, component: Component, *, seed: int = 0, precision: str = "float32", short: bool = False
 ) -> LocalGraph:
-    """VGG8, or three units, at a twentieth of the width on digits of 16×16 pixels, with the component in its place."""
+    """VGG8, or three units, of 10 to 40 channels on digits of 16×16 pixels, with the component in its place."""
     least: Any = getattr(component, "min_size", lambda: 1)
+    served = "best" if getattr(component, "candidate_labels", False) else "last"
     places = {
-        "rule": {"rule": component, "prediction": {"kind": "last"}},  # which works with every rule
+        "rule": {"rule": component, "prediction": {"kind": served}},
         "goodness": {"rule": {"kind": "asge", "goodness": component}},
         "projection": {"rule": {"kind": "asge", "projection": component}},
     }
@@ -70,12 +72,14 @@ def learns(group: str, precision: str, subject: Subject) -> None:
     """Finite losses and logits in float32, and a gradient of every trainable parameter like it, in the network."""
     graph = kit_graph(group, subject.make(), precision=precision)
     result, units = step(graph), len(graph.units)
-    for what, tensor in (("losses", result.losses), ("logits", result.logits), ("head_loss", result.head_loss)):
+    expect((result.logits is None) == graph.rule.candidate_labels, "logits are for rules without candidate labels")
+    answers = [] if result.logits is None else [("logits", result.logits)]
+    for what, tensor in (("losses", result.losses), *answers, ("head_loss", result.head_loss)):
         expect(tensor.dtype == torch.float32, f"{what} are {tensor.dtype}")
         expect(bool(tensor.isfinite().all()), f"{what} are not finite")
     expect(result.losses.shape in ((units,), (1,)), f"losses have shape {tuple(result.losses.shape)}, units: {units}")
     expect(len(result.unit_logits) in (0, units), f"{len(result.unit_logits)} units have logits, of {units}")
-    for what, logits in (("logits", result.logits), *(("a unit's logits", each) for each in result.unit_logits)):
+    for what, logits in (*answers, *(("a unit's logits", each) for each in result.unit_logits)):
         expect(logits.shape == (BATCH, CLASSES), f"{what} are {size(logits.shape)} and not {BATCH}×{CLASSES}")
     parameters = graph.tensors()[0]
     for name in parameters.keys() ^ result.grads.keys():
@@ -147,7 +151,7 @@ def forward_agrees(subject: Subject) -> None:
     """`forward`, which may stop early, gives what all units give, whatever is chosen."""
     graph = kit_graph("prediction", subject.make()).eval()
     images, units = batch(graph)[0], len(graph.units)
-    for accuracy in _accuracies(units):
+    for accuracy in _accuracies(graph):
         graph.prediction.select(graph.head, accuracy)
         last = graph.prediction.last_unit(graph.head, units)
         expect(0 <= last < units, f"last_unit is {last}, of {units} units")
@@ -158,7 +162,7 @@ def forward_agrees(subject: Subject) -> None:
 
 def choice_settles(subject: Subject) -> None:
     graph = kit_graph("prediction", subject.make())
-    for accuracy in _accuracies(len(graph.units)):
+    for accuracy in _accuracies(graph):
         graph.prediction.select(graph.head, accuracy)
         expect(graph.prediction.select(graph.head, accuracy) is False, "select() says so again of the same accuracies")
 
@@ -185,15 +189,18 @@ def gives_a_head_lr(subject: Subject) -> None:
     expect(lr is None or (isinstance(lr, float) and lr > 0), f"head_lr is {lr!r}")
 
 
-def _accuracies(units: int) -> list[list[float]]:
-    """By unit, in percent: rising, falling, and best in the middle."""
-    rising = [50.0 + index for index in range(units)]
-    return [rising, rising[::-1], [90.0 if index == units // 2 else 50.0 for index in range(units)]]
+def _accuracies(graph: LocalGraph) -> list[list[float]]:
+    """By the prediction's alternatives, in percent: rising, falling, and best in the middle."""
+    count = len(graph.prediction.alternatives(graph.head, graph.unit_logits(batch(graph)[0])))
+    rising = [50.0 + index for index in range(count)]
+    return [rising, rising[::-1], [90.0 if index == count // 2 else 50.0 for index in range(count)]]
 
 
 def _agree(one: StepResult, other: StepResult) -> bool:
     pairs = [(grad, other.grads[name]) for name, grad in one.grads.items()]
-    return all(close(a, b) for a, b in [*pairs, (one.losses, other.losses), (one.logits, other.logits)])
+    if one.logits is not None and other.logits is not None:
+        pairs.append((one.logits, other.logits))
+    return all(close(a, b) for a, b in [*pairs, (one.losses, other.losses)])
 
 
 def _answer(graph: nn.Module, images: Tensor) -> Tensor:
@@ -207,7 +214,7 @@ def _chosen(group: str, component: Component, seed: int) -> LocalGraph:
     """A graph whose prediction has chosen an early unit, if it is the seed's first."""
     graph = kit_graph(group, component, seed=seed)
     if seed == 0:
-        graph.prediction.select(graph.head, _accuracies(len(graph.units))[1])
+        graph.prediction.select(graph.head, _accuracies(graph)[1])
     return graph
 
 

@@ -19,12 +19,13 @@ class TrainStats:
 
     Attributes:
         count: images seen.
-        accuracy, loss: of the prediction strategy.
-        unit_accuracy, unit_loss: of each unit's own logits; empty for a rule without local logits.
+        accuracy, loss: of the prediction strategy; for a rule with candidate labels, None and the mean local loss.
+        unit_accuracy: of each unit's own logits; empty for a rule without them, or with candidate labels.
+        unit_loss: local losses; empty for a rule without local classifiers.
     """
 
     count: int
-    accuracy: float
+    accuracy: float | None
     loss: float
     unit_accuracy: list[float]
     unit_loss: list[float]
@@ -52,11 +53,11 @@ class EpochRecord:
 
 @dataclass
 class MeterSums:
-    """Sums over an epoch's batches so far; the prediction comes first, then each unit with logits of its own.
+    """Sums over an epoch's batches so far; the prediction comes first, then each unit with a classifier of its own.
 
     Attributes:
         batches, images: how many.
-        right: right answers.
+        right: right answers; empty for a rule with candidate labels.
         loss: sums of the batches' mean losses, in nats.
     """
 
@@ -101,10 +102,13 @@ class TrainMeter:
 
     def update(self, result: StepResult, labels: Tensor) -> None:
         """Add a batch."""
-        logits = torch.stack([result.logits, *result.unit_logits])  # (1 + units, B, N)
-        right = (logits.argmax(2) == labels).sum(1)
-        losses = torch.cat([result.head_loss[None], result.losses[: len(result.unit_logits)]])
-        self._pending.append(torch.stack([right.to(losses.dtype), losses]))  # (2, 1 + units)
+        if result.logits is None:
+            self._pending.append(torch.cat([result.head_loss[None], result.losses])[None])  # (1, 1 + units)
+        else:
+            logits = torch.stack([result.logits, *result.unit_logits])  # (1 + units, B, N)
+            right = (logits.argmax(2) == labels).sum(1)
+            losses = torch.cat([result.head_loss[None], result.losses[: len(result.unit_logits)]])
+            self._pending.append(torch.stack([losses, right.to(losses.dtype)]))  # (2, 1 + units)
         self.sums.images += len(labels)
 
     def settle(self, names: Sequence[str], epoch: int) -> None:
@@ -121,7 +125,7 @@ class TrainMeter:
             return
         batches = torch.stack(self._pending).double()
         self._pending.clear()
-        bad = (~batches[:, 1].isfinite()).nonzero().tolist()
+        bad = (~batches[:, 0].isfinite()).nonzero().tolist()
         if bad:
             step, column = min(bad, key=lambda place: (place[0], place[1] or len(names) + 1))
             of = f"unit {names[column - 1]}" if column else "the prediction"
@@ -129,9 +133,10 @@ class TrainMeter:
                 f"the loss of {of} is not finite in epoch {epoch}, step {self.sums.batches + step + 1}"
             )
         zeros = [0.0] * batches.shape[2]
-        for right, loss in batches.tolist():
-            self.sums.right = [sum(pair) for pair in zip(self.sums.right or zeros, right, strict=True)]
+        for loss, *right in batches.tolist():
             self.sums.loss = [sum(pair) for pair in zip(self.sums.loss or zeros, loss, strict=True)]
+            for answers in right:
+                self.sums.right = [sum(pair) for pair in zip(self.sums.right or zeros, answers, strict=True)]
             self.sums.batches += 1
 
     def finish(self) -> TrainStats:
@@ -139,4 +144,4 @@ class TrainMeter:
         sums, self.sums = self.sums, MeterSums()
         accuracy = [100 * right / sums.images for right in sums.right]
         loss = [total / sums.batches for total in sums.loss]
-        return TrainStats(sums.images, accuracy[0], loss[0], accuracy[1:], loss[1:])
+        return TrainStats(sums.images, accuracy[0] if accuracy else None, loss[0], accuracy[1:], loss[1:])

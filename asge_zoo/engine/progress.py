@@ -51,9 +51,10 @@ class RunProgress:
 
     def epoch(self, record: EpochRecord, epochs: int) -> None:
         """Print an epoch's line."""
+        trained = "" if record.train.accuracy is None else f"train {record.train.accuracy:.2f} %  "
         self._console.print(
             f"epoch {record.epoch:>{len(str(epochs))}}/{epochs}  loss {record.train.loss:.4f}  "
-            f"train {record.train.accuracy:.2f} %  validation {record.validation.accuracy:.2f} %  "
+            f"{trained}validation {record.validation.accuracy:.2f} %  "
             f"{record.images_per_second:,.0f} images/s",
             soft_wrap=True,
         )

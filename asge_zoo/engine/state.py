@@ -162,12 +162,14 @@ class TrainState:
         """
         saved, records = read_state(folder), read_records(folder)
         accuracy = {checkpoint_name(record.epoch, 0): record.validation.accuracy for record in records}
+        measured = 1 + len(self.graph.local) if saved.step else 0
+        answered = 0 if self.graph.rule.candidate_labels else measured
         if (
             [record.epoch for record in records] != list(range(1, saved.epoch + 1))
             or saved.step > self.steps_per_epoch
             or saved.meter.batches != saved.step
             or saved.meter.images < saved.step
-            or {len(saved.meter.right), len(saved.meter.loss)} != {1 + len(self.graph.local) if saved.step else 0}
+            or (len(saved.meter.right), len(saved.meter.loss)) != (answered, measured)
             or (saved.best is None and saved.step == 0)
             or (saved.best is not None and accuracy.get(saved.best.name) != saved.best.val_accuracy)
         ):

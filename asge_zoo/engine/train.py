@@ -42,7 +42,7 @@ from asge_zoo.engine.run_dir import (
 from asge_zoo.engine.signals import StopRequested, StopSignals
 from asge_zoo.engine.state import TrainState, begin
 from asge_zoo.errors import CheckpointError, SpecError, Stopped
-from asge_zoo.evaluate import Evaluation, evaluate
+from asge_zoo.evaluate import Evaluation, evaluate, evaluate_alternatives
 from asge_zoo.graph.local_graph import LocalGraph
 from asge_zoo.seeding import keyed_seed
 from asge_zoo.spec import Spec
@@ -231,8 +231,8 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor) -> None:
 
 
 def select_and_validate(graph: LocalGraph, loader: Loader, stop: StopSignals) -> Evaluation:
-    """Validation accuracy, once the prediction has chosen (the best unit, say) by the units' own."""
-    measured = evaluate(graph, stop.watch(loader.split_batches("validation")))
-    if graph.prediction.select(graph.head, measured.unit_accuracy):
+    """Validation accuracy, once the prediction has chosen (the best unit, say) by its alternatives' own."""
+    measured, accuracy = evaluate_alternatives(graph, stop.watch(loader.split_batches("validation")))
+    if graph.prediction.select(graph.head, accuracy):
         return evaluate(graph, stop.watch(loader.split_batches("validation")))
     return measured

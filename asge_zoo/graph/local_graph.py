@@ -29,24 +29,32 @@ class StepResult(NamedTuple):
         grads: a gradient for every trainable parameter, by its name in `named_parameters()`.
         losses: (units,) local losses, or (1,) for a rule with one global loss.
         unit_logits: per unit (B, N); empty for a rule without local logits.
-        logits: (B, N) of the prediction strategy.
-        head_loss: () cross-entropy of the prediction's logits.
+        logits: (B, N) of the prediction strategy; None for a rule with candidate labels.
+        head_loss: () cross-entropy of the prediction's logits; without logits, the mean of `losses`.
         buffers: new values of the backbone's buffers that the step updates, by name.
     """
 
     grads: dict[str, Tensor]
     losses: Tensor
     unit_logits: tuple[Tensor, ...]
-    logits: Tensor
+    logits: Tensor | None
     head_loss: Tensor
     buffers: dict[str, Tensor]
 
 
 class Rule(Component):
-    """Contract of a learning rule: how a batch becomes gradients."""
+    """Contract of a learning rule: how a batch becomes gradients.
+
+    With `candidate_labels`, images go through the units with a label: class logits take a pass a candidate (see
+    `infer`), steps have none, and only predictions on the units' own logits, with nothing to train, are served.
+    """
 
     group: ClassVar[str] = "rule"
     layer_local: ClassVar[bool] = False
+    candidate_labels: ClassVar[bool] = False
+
+    def check(self, shapes: Sequence[MapShape], num_classes: int) -> None:
+        """Raise a SpecError, which names the field and what to do, for activation maps that the rule can't train on."""
 
     def goodness_layout(self, shape: MapShape) -> tuple[int, int]:
         """(partition, goodness_dim) of a unit with that map; zeros for a rule without goodness."""
@@ -55,6 +63,18 @@ class Rule(Component):
     def build_unit(self, shape: MapShape, num_classes: int, generator: torch.Generator) -> nn.Module | None:
         """A unit's local classifier, from its activation (B, C, H, W) to logits (B, N), or None."""
         return None
+
+    def infer(
+        self, graph: "LocalGraph", images: Tensor, stop: int, *, local: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What the prediction keeps of the units up to index `stop`, and, if `local`, their own logits, each (B, N)."""
+        kept, unit_logits = [], []
+        for index, env in graph.walk(images, stop=stop):
+            with full_precision(activation := env[graph.units[index].activation]):
+                if local:
+                    unit_logits.append(graph.local[index](activation))
+                kept.extend(graph.keep(index, env))
+        return kept, unit_logits
 
     @abstractmethod
     def step(self, graph: "LocalGraph", params: Values, state: Values, images: Tensor, labels: Tensor) -> StepResult:
@@ -80,12 +100,15 @@ class LayerLocalRule(Rule):
 
     @abstractmethod
     def build_unit(self, shape: MapShape, num_classes: int, generator: torch.Generator) -> nn.Module:
-        """A unit's local classifier, from its activation (B, C, H, W) to logits (B, N), drawn from `generator`."""
+        """A unit's local classifier, drawn from `generator`: from its activation (B, C, H, W) to logits (B, N).
+
+        With `candidate_labels`, to the goodness (B,) of the label that came with the image.
+        """
 
     @abstractmethod
     def unit_loss(
         self, classify: Callable[[Tensor], Tensor], activation: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """A unit's loss and logits.
 
         Args:
@@ -94,7 +117,7 @@ class LayerLocalRule(Rule):
             labels: (B,), int64.
 
         Returns:
-            loss () and logits (B, N).
+            loss () and logits (B, N), which are None with `candidate_labels`.
         """
 
     def step(self, graph: "LocalGraph", params: Values, state: Values, images: Tensor, labels: Tensor) -> StepResult:
@@ -108,8 +131,8 @@ class LayerLocalRule(Rule):
                 activation = after[unit.activation]
                 with full_precision(activation):
                     loss, logits = self.unit_loss(graph.bind_local(index, {**state, **own}), activation, labels)
-                summary = graph.keep(index, after)
-                return loss, (logits, summary, unit.leave(after), updated)
+                logits = [] if logits is None else [logits]
+                return loss, (logits, graph.keep(index, after), unit.leave(after), updated)
 
             own = {name: params[name] for name in unit.parameters}
             gradient, (loss, aux) = grad_and_value(objective, has_aux=True)(own)
@@ -117,10 +140,13 @@ class LayerLocalRule(Rule):
             grads.update(gradient)
             buffers.update(updated)
             losses.append(loss)
-            unit_logits.append(logits)
+            unit_logits.extend(logits)
             kept.extend(summary)
-        head_grads, head_loss, logits = self._head_step(graph, params, state, kept, unit_logits, labels)
-        return StepResult({**grads, **head_grads}, torch.stack(losses), tuple(unit_logits), logits, head_loss, buffers)
+        local = torch.stack(losses)
+        if self.candidate_labels:
+            return StepResult(grads, local, (), None, local.mean(), buffers)
+        head, head_loss, logits = self._head_step(graph, params, state, kept, unit_logits, labels)
+        return StepResult({**grads, **head}, local, tuple(unit_logits), logits, head_loss, buffers)
 
     def _head_step(self, graph: "LocalGraph", params, state, kept, unit_logits, labels):
         """The head's loss trains the head only: what it reads are constants."""
@@ -235,15 +261,8 @@ class LocalGraph(nn.Module):
         return self._infer(images, len(self.units) - 1, local=len(self.local) > 0)
 
     def _infer(self, images: Tensor, stop: int, *, local: bool) -> tuple[Tensor, list[Tensor]]:
-        kept, unit_logits = [], []
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
-            for index, env in self.walk(images, stop=stop):
-                activation = env[self.units[index].activation]
-                with full_precision(activation):
-                    if local:
-                        unit_logits.append(self.local[index](activation))
-                    summary = self.keep(index, env)
-                kept.extend(summary)
+            kept, unit_logits = self.rule.infer(self, images, stop, local=local)
             with full_precision(images):
                 return self.prediction.logits(self.head, kept, unit_logits), unit_logits
 

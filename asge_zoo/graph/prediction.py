@@ -54,8 +54,17 @@ class Prediction(Component):
         """
         raise NotImplementedError(f"{type(self).__qualname__} exits early, and does not say when")
 
-    def select(self, head: nn.Module, unit_accuracy: Sequence[float]) -> bool:
-        """Settle what is chosen by the units' validation accuracy (percent), in the head's buffers.
+    def alternatives(self, head: nn.Module, unit_logits: Sequence[Tensor]) -> list[Tensor]:
+        """What `select` chooses from: class logits (B, N) of each alternative, here the units' own.
+
+        Args:
+            head: the head.
+            unit_logits: of all units, each (B, N); empty for a rule without local logits.
+        """
+        return list(unit_logits)
+
+    def select(self, head: nn.Module, accuracy: Sequence[float]) -> bool:
+        """Settle what is chosen by the alternatives' validation accuracy (percent), in the head's buffers.
 
         Returns:
             Whether the choice changed, and with it the prediction.

@@ -44,8 +44,8 @@ class Best(Prediction):
         assert isinstance(head, ChosenUnit)
         return int(head.unit)
 
-    def select(self, head: nn.Module, unit_accuracy: Sequence[float]) -> bool:
+    def select(self, head: nn.Module, accuracy: Sequence[float]) -> bool:
         assert isinstance(head, ChosenUnit)
-        before, best = int(head.unit), max(range(len(unit_accuracy)), key=unit_accuracy.__getitem__)
+        before, best = int(head.unit), max(range(len(accuracy)), key=accuracy.__getitem__)
         head.unit.fill_(best)
         return best != before

@@ -51,9 +51,9 @@ class Vote(UnitLogits):
     def build(self, units: Sequence[Unit], num_classes: int) -> nn.Module:
         return WeightedVote(len(units), hard=self.hard)
 
-    def select(self, head: nn.Module, unit_accuracy: Sequence[float]) -> bool:
+    def select(self, head: nn.Module, accuracy: Sequence[float]) -> bool:
         assert isinstance(head, WeightedVote)
-        weight = torch.tensor(unit_accuracy, dtype=head.weight.dtype, device=head.weight.device)
+        weight = torch.tensor(accuracy, dtype=head.weight.dtype, device=head.weight.device)
         weight = weight / weight.sum() if weight.sum() > 0 else torch.full_like(weight, 1 / len(weight))
         changed = not torch.equal(weight, head.weight)
         head.weight.copy_(weight)
