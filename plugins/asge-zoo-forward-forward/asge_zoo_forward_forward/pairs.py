@@ -83,7 +83,7 @@ class FF(LabelPairs):
 
     kind: Literal["ff.ff"] = "ff.ff"
     threshold: PositiveFloat = Field(default=0.5, description="θ, on the scale of a mean square.")
-    steepness: PositiveFloat = Field(default=4.0, description="k, by which a mean square's distance from θ counts.")
+    steepness: PositiveFloat = Field(default=16.0, description="k, by which a mean square's distance from θ counts.")
 
     def pair_loss(self, right: Tensor, wrong: Tensor) -> Tensor:
         above, below = (self.steepness * (goodness - self.threshold) for goodness in (right, wrong))

@@ -15,6 +15,7 @@ from asge_zoo_forward_forward.prediction import Sum, UnitRange
 from pydantic import ValidationError
 from torch import Tensor
 
+from asge_zoo.cli.main import run
 from asge_zoo.compiler.build import compile_spec
 from asge_zoo.engine import train as engine
 from asge_zoo.engine.train import train
@@ -223,6 +224,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("prediction", ["ff.sum", "best", "vote.weighted"])
 @pytest.mark.parametrize("rule", PAIRS)
 def test_a_run_of_pairs_has_no_training_accuracy(rule: str, prediction: str, tmp_path: Path) -> None:
@@ -250,6 +252,7 @@ def test_a_run_of_groups(rule: str, prediction: dict[str, Any], tmp_path: Path) 
         assert result.val_accuracy >= max(record["validation"]["unit_accuracy"])
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("rule", [*PAIRS, "ff.deeper_forward"])
 def test_a_broken_run_ends_as_an_unbroken_one(rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     choose = {"kind": "ff.sum", "first": 0, "choose": True}
@@ -294,6 +297,12 @@ def test_classes_must_divide_the_channels(rule: str) -> None:
         compile_spec(tiny(rule, backbone={"kind": "vgg8", "width": 12 / 128}), device="meta")
 
 
+def test_validate_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["validate", "vgg8_mnist_cwc"]) == 0
+    assert run(["validate", "vgg8_mnist_cwc", "--set", "backbone.width=0.25"]) == 2
+    assert "the 32 channels of unit 1 are no multiple of that" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("prediction", "said"),
     [
@@ -329,7 +338,7 @@ def test_nonsense_is_refused(component: type[Component], options: dict[str, Any]
 
 
 def test_a_network_learns_to_tell_labels_apart() -> None:
-    """SymBa's loss falls below that of a guess, ln 2, in every unit but perhaps the first."""
+    """SymBa's loss falls in every unit."""
     graph: LocalGraph = compile_spec(tiny("ff.symba"))
     images = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.AdamW(graph.parameters(), lr=0.003)
