@@ -497,7 +497,7 @@ def test_the_command_to_go_on_with_is_typed_as_it_stands() -> None:
 
 def test_a_signal_during_validation_does_not_wait_for_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = tiny_spec()
-    real = engine.evaluate
+    real = engine.evaluate_alternatives
     seen = []
 
     def evaluate(graph: Any, batches: Any) -> Any:
@@ -506,12 +506,12 @@ def test_a_signal_during_validation_does_not_wait_for_its_end(tmp_path: Path, mo
             os.kill(os.getpid(), signal.SIGTERM)
         return real(graph, batches)
 
-    monkeypatch.setattr(engine, "evaluate", evaluate)
+    monkeypatch.setattr(engine, "evaluate_alternatives", evaluate)
     with pytest.raises(Stopped) as caught:
         run(spec, tmp_path / "stopped")
     assert (caught.value.exit_code, len(seen)) == (143, 1)
     assert kept(tmp_path / "stopped") == [f"epoch-0000-step-{STEPS:06d}"]
-    monkeypatch.setattr(engine, "evaluate", real)
+    monkeypatch.setattr(engine, "evaluate_alternatives", real)
     names = ("best", "last", "metrics.jsonl", "result.json", "checkpoints/epoch-0001/model.safetensors")
     whole, stopped = run(spec, tmp_path / "whole"), run(spec, tmp_path / "stopped")
     assert [name for name in names if whole[name] != stopped[name]] == []
