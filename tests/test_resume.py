@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import Said
-from fuzz_checkpoints import Power
+from fuzz_checkpoints import Power, with_fitting_manifest
 from kill_and_resume import contents, differences
 from tiny import TINY, tiny_spec
 
@@ -367,6 +368,21 @@ def test_where_every_best_is_damaged_another_is_chosen(tmp_path: Path, capsys: p
     third = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][2]
     assert found["result.json"]["val_accuracy"] == third["validation"]["accuracy"]
     assert find_checkpoint(tmp_path) == tmp_path / "checkpoints" / "epoch-0003", "eval takes the same"
+
+
+def test_a_best_of_another_network_is_lost_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With sums that fit it."""
+    spec = tiny_spec("train.epochs=3")
+    run(spec, tmp_path)
+    model = tmp_path / "best" / "model.safetensors"
+    tensors = safetensors.torch.load_file(model)
+    tensors["backbone.conv1.bias"] = torch.zeros(99)
+    with_fitting_manifest(model.parent, tensors)
+    capsys.readouterr()
+    assert run(spec, tmp_path)["best"] == "checkpoints/epoch-0003"
+    said = capsys.readouterr().err
+    assert "epoch-0002/model.safetensors: does not fit its own spec" in said
+    assert "takes epoch-0003 for the best" in said
 
 
 def test_where_no_best_is_left_the_next_one_is(

@@ -1,12 +1,15 @@
 """`asge-zoo ls`."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from asge_zoo.cli import options
+
+WIDE = 200  # columns, where no terminal sets their number
 
 
 @click.command("ls")
@@ -34,10 +37,10 @@ def ls(what: str, data_root: Path | None, as_json: bool) -> None:
         return
     table = Table(box=None, pad_edge=False)
     for column in rows[0]:
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*("-" if value is None else str(value) for value in row.values()))
-    Console(highlight=False).print(table)
+    Console(highlight=False, width=None if sys.stdout.isatty() else WIDE).print(table)
 
 
 def _specs() -> list[dict[str, Any]]:

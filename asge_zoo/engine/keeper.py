@@ -134,7 +134,7 @@ class CheckpointKeeper:
             wrong = check_files(candidate, (MODEL, OPTIMIZER, STATE, METRICS, SPEC))
             best = None if wrong else read_state(candidate).best
             if with_best and best is not None and best.name != candidate.name:
-                wrong = check_files(candidate.parent / best.name)
+                wrong = check_files(candidate.parent / best.name) or state.misfits(candidate.parent / best.name)
             if not wrong:
                 state.restore(candidate)
         except CheckpointError as error:
@@ -144,9 +144,9 @@ class CheckpointKeeper:
 
     def _best_left(self, state: TrainState) -> Best | None:
         """The best of the epochs whose checkpoints are still whole; None if there are none."""
-        left = [
-            Best(name=name, val_accuracy=record.validation.accuracy)
-            for record in state.records
-            if not check_files(self.folder / CHECKPOINTS / (name := checkpoint_name(record.epoch, 0)))
-        ]
+        left = []
+        for record in state.records:
+            folder = self.folder / CHECKPOINTS / checkpoint_name(record.epoch, 0)
+            if not (check_files(folder) or state.misfits(folder)):
+                left.append(Best(name=folder.name, val_accuracy=record.validation.accuracy))
         return max(left, key=lambda best: best.val_accuracy, default=None)

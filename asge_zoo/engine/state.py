@@ -154,6 +154,13 @@ class TrainState:
             for key, value in self.optimizer.state.get(parameter, {}).items()
         }
 
+    def misfits(self, folder: Path) -> list[str]:
+        """What is wrong with a checkpoint, whose sums have been checked, for this network: one line, or none."""
+        with safetensors.safe_open(folder / MODEL, framework="pt") as archive:
+            shapes = {name: tuple(archive.get_slice(name).get_shape()) for name in archive.keys()}
+        fits = shapes == {name: tuple(tensor.shape) for name, tensor in self.graph.state_dict().items()}
+        return [] if fits else [f"{folder / MODEL}: does not fit its own spec"]
+
     def restore(self, folder: Path) -> None:
         """Become what a checkpoint holds, whose sums have been checked.
 
