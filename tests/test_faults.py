@@ -179,21 +179,32 @@ def test_a_directory_moved_under_way_can_be_put_back(
     assert_saved_and_resumes(folder, spec_file, whole, cli)
 
 
+@pytest.fixture
+def poison(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[int, Callable[[engine.TrainState], torch.Tensor], float], None]:
+    """Sets a value of one of the state's tensors, after so many steps of the run."""
+    real = engine.train_step
+
+    def poison(steps: int, tensor: Callable[[engine.TrainState], torch.Tensor], value: float) -> None:
+        def step(state: engine.TrainState, *batch: Any) -> None:
+            real(state, *batch)
+            if state.total_steps == steps:
+                with torch.no_grad():
+                    tensor(state).view(-1)[4] = value  # the middle of the first 3×3 kernel, or of a bias
+
+        monkeypatch.setattr(engine, "train_step", step)
+
+    return poison
+
+
 @pytest.mark.parametrize("unit", ["conv1", "conv3", "conv7"])
 @pytest.mark.parametrize("step", [1, STEPS + 2, STEPS + 5])
 def test_weights_that_are_not_finite(
-    unit: str, step: int, spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+    unit: str, step: int, spec_file: Path, tmp_path: Path, poison: Callable, cli: Cli
 ) -> None:
     """Put in behind the step, so that the next one's loss is the first to show it."""
-    real = engine.train_step
-
-    def poisoned(state: engine.TrainState, *batch: Any) -> None:
-        real(state, *batch)
-        if state.total_steps == step:
-            with torch.no_grad():
-                state.parameters[f"backbone.{unit}.weight"][0, 0, 1, 1] = torch.nan
-
-    monkeypatch.setattr(engine, "train_step", poisoned)
+    poison(step, lambda state: state.parameters[f"backbone.{unit}.weight"], math.nan)
     folder = tmp_path / "run"
     said = cli(*start_line(spec_file, folder))
     epoch, after = divmod(step, STEPS)
@@ -208,18 +219,10 @@ def test_weights_that_are_not_finite(
 
 
 def test_weights_that_are_not_finite_are_never_saved(
-    spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+    spec_file: Path, tmp_path: Path, poison: Callable, cli: Cli
 ) -> None:
     """After the last step of an epoch, no loss shows them any more."""
-    real = engine.train_step
-
-    def poisoned(state: engine.TrainState, *batch: Any) -> None:
-        real(state, *batch)
-        if state.total_steps == 2 * STEPS:
-            with torch.no_grad():
-                state.parameters["backbone.conv5.bias"][0] = torch.inf
-
-    monkeypatch.setattr(engine, "train_step", poisoned)
+    poison(2 * STEPS, lambda state: state.parameters["backbone.conv5.bias"], math.inf)
     said = cli(*start_line(spec_file, tmp_path / "run"))
     assert_one_line(said, "the weights of unit conv5 are not finite after epoch 2, step 6 (backbone.conv5.bias)")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["epoch-0001"]
@@ -245,17 +248,11 @@ def test_a_validation_loss_that_is_not_finite(
 
 
 def test_moments_that_are_not_finite_are_never_saved(
-    spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+    spec_file: Path, tmp_path: Path, poison: Callable, cli: Cli
 ) -> None:
     """AdamW would stop updating those weights, and no loss would show it."""
-    real = engine.train_step
-
-    def poisoned(state: engine.TrainState, *batch: Any) -> None:
-        real(state, *batch)
-        if state.total_steps == STEPS + 2:
-            state.optimizer.state[state.parameters["backbone.conv5.bias"]]["exp_avg_sq"][0] = torch.inf
-
-    monkeypatch.setattr(engine, "train_step", poisoned)
+    weight = "backbone.conv5.bias"
+    poison(STEPS + 2, lambda state: state.optimizer.state[state.parameters[weight]]["exp_avg_sq"], math.inf)
     said = cli(*start_line(spec_file, tmp_path / "run"))
     assert_one_line(said, "the moments of unit conv5 are not finite after epoch 2, step 6 (backbone.conv5.bias|exp_a")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["epoch-0001"]
