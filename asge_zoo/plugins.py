@@ -64,13 +64,13 @@ def installed() -> list[Plugin]:
     allowed = os.environ.get(SWITCH, "").strip()
     if allowed == "none":
         return []
-    names = {_normalized(name) for name in allowed.split(",") if name.strip()}
+    names = {normalized(name) for name in allowed.split(",") if name.strip()}
     every = entry_points()
     found = [
         Plugin(entry.name, group, entry.dist.name, entry.dist.version, entry)
         for group in GROUPS
         for entry in every.select(group=f"asge_zoo.{group}")
-        if entry.dist is not None and (not names or _normalized(entry.dist.name) in names)
+        if entry.dist is not None and (not names or normalized(entry.dist.name) in names)
     ]
     return sorted(found, key=lambda plugin: (GROUPS.index(plugin.component), plugin.kind, plugin.distribution))
 
@@ -100,5 +100,6 @@ def switch_note() -> str:
     return f" (${SWITCH} is '{allowed}')" if allowed else ""
 
 
-def _normalized(name: str) -> str:
+def normalized(name: str) -> str:
+    """A distribution's name as all its spellings come to (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name.strip()).lower()

@@ -66,28 +66,19 @@ def _named(name: str) -> list[tuple[str, str, type["Component"]]]:
         PluginError: it stands for none, or for one that can't be imported.
     """
     from asge_zoo.errors import PluginError
-    from asge_zoo.plugins import installed, switch_note
+    from asge_zoo.plugins import installed, normalized, switch_note
     from asge_zoo.registry import components, find_component, near_miss
 
     group, colon, kind = name.rpartition(":")
     wanted = [(each, kind) for each in GROUPS if not colon or each == group]
-    wanted += [(plugin.component, plugin.kind) for plugin in installed() if plugin.distribution == _distribution(name)]
+    package = [plugin for plugin in installed() if normalized(plugin.distribution) == normalized(name)]
+    wanted += [(plugin.component, plugin.kind) for plugin in package]
     found = [(*each, component) for each in wanted if (component := find_component(*each))]
     if not found:
         known = {kind for each in GROUPS for kind in components(each)}
         known.update(text for plugin in installed() for text in (plugin.kind, plugin.distribution))
         raise PluginError(f"no component or package '{name}'{near_miss(kind, sorted(known))}{switch_note()}")
     return list(dict.fromkeys(found))
-
-
-def _distribution(name: str) -> str | None:
-    """The installed package of that name, as its metadata spell it."""
-    from importlib.metadata import PackageNotFoundError, distribution
-
-    try:
-        return distribution(name).name
-    except (PackageNotFoundError, ValueError):
-        return None
 
 
 def _outcome(promise: Any) -> dict[str, Any]:
