@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,11 +10,13 @@ import pytest
 import torch
 from tiny import tiny_spec
 
+from asge_zoo import registry
 from asge_zoo.cli.main import run
 from asge_zoo.engine import result as results
 from asge_zoo.engine import train as engine
 from asge_zoo.engine.result import RunResult
 from asge_zoo.engine.train import train
+from asge_zoo.registry import ROOMS, components
 from asge_zoo.spec import Spec
 
 
@@ -96,3 +99,23 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, Callable
         monkeypatch.setattr(engine, "train_step", step)
 
     yield happens
+
+
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry of a test's own: what the test registers or loads is gone after it."""
+    monkeypatch.setattr(registry, "_components", {group: components(group) for group in ROOMS})
+    monkeypatch.setattr(registry, "_plugins", {})
+
+
+@pytest.fixture
+def site(own_registry: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that packages are found in, as in site-packages; their modules are named `plugin_…`."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    before = set(sys.modules)
+    yield folder
+    for name in set(sys.modules) - before:
+        if name.startswith("plugin_"):
+            del sys.modules[name]

@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -16,7 +15,6 @@ from pydantic import ConfigDict
 from test_plugins import install
 from torch import Tensor, nn
 
-from asge_zoo import registry
 from asge_zoo.backbones.base import Backbone
 from asge_zoo.backbones.vgg import VGG8
 from asge_zoo.data.base import Batch, DatasetInfo, Images
@@ -33,7 +31,7 @@ from asge_zoo.ops.transfer import Transfer
 from asge_zoo.plugins import GROUPS
 from asge_zoo.predict.best import Best
 from asge_zoo.predict.last import Last
-from asge_zoo.registry import ROOMS, Component, Options, components
+from asge_zoo.registry import Component, Options, components
 from asge_zoo.rules.asge import ASGE
 from asge_zoo.rules.bp import BP
 from asge_zoo.testing import BrokenPromise, NotChecked, Promise, promises
@@ -633,19 +631,6 @@ def test_a_dataset_that_is_not_here_is_not_checked(tmp_path: Path, monkeypatch: 
 
 
 # The command line.
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder that packages are found in; what is loaded from there is gone after the test."""
-    monkeypatch.setattr(registry, "_components", {group: components(group) for group in ROOMS})
-    monkeypatch.setattr(registry, "_plugins", {})
-    monkeypatch.syspath_prepend(tmp_path)
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        if name.startswith("plugin_"):
-            del sys.modules[name]
 
 
 def test_check_by_kind(cli: Cli) -> None:

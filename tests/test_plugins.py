@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ from asge_zoo import plugins, registry
 from asge_zoo.compiler.build import compile_spec
 from asge_zoo.engine.train import train
 from asge_zoo.errors import SpecError
-from asge_zoo.registry import ROOMS, components
 from asge_zoo.spec import json_schema, load_spec
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "own_registry")
 
 Cli = Callable[..., Said]
 MODULE = '''
@@ -49,26 +48,6 @@ class MiddlePool(nn.Module):
     def forward(self, x):
         return self.share * self.mean(x) + (1 - self.share) * self.max(x)
 '''
-
-
-@pytest.fixture(autouse=True)
-def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test loads is gone after it."""
-    monkeypatch.setattr(registry, "_components", {group: components(group) for group in ROOMS})
-    monkeypatch.setattr(registry, "_plugins", {})
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder that packages are found in, as in site-packages."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(folder)
-    before = set(sys.modules)
-    yield folder
-    for name in set(sys.modules) - before:
-        if name.startswith("plugin_"):
-            del sys.modules[name]
 
 
 def install(

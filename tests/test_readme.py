@@ -10,16 +10,14 @@ from tiny import tiny_spec
 
 from asge_zoo import registry
 from asge_zoo.compiler.build import compile_spec
-from asge_zoo.registry import ROOMS, components
 from asge_zoo.testing import promises
 
 README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.fixture
-def plugin(monkeypatch: pytest.MonkeyPatch) -> type[registry.Component]:
+def plugin(own_registry: None) -> type[registry.Component]:
     """The component of "Write a plugin in ten minutes"."""
-    monkeypatch.setattr(registry, "_components", {group: components(group) for group in ROOMS})
     section = README.read_text(encoding="utf-8").split("### Write a plugin in ten minutes")[1].split("\n## ")[0]
     component, tests = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     scope: dict[str, Any] = {"__name__": "acme_soft"}
