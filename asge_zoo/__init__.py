@@ -12,14 +12,15 @@ if TYPE_CHECKING:
     from asge_zoo.engine.loading import load
     from asge_zoo.engine.result import RunResult
     from asge_zoo.engine.train import train
-    from asge_zoo.graph.local_graph import LocalGraph, StepResult
+    from asge_zoo.graph.local_graph import LocalGraph
+    from asge_zoo.graph.rule import StepResult
     from asge_zoo.spec import Spec, load_spec
 
 _HOMES = {
     "LocalGraph": "asge_zoo.graph.local_graph",
     "RunResult": "asge_zoo.engine.result",
     "Spec": "asge_zoo.spec",
-    "StepResult": "asge_zoo.graph.local_graph",
+    "StepResult": "asge_zoo.graph.rule",
     "compile_spec": "asge_zoo.compiler.build",
     "load": "asge_zoo.engine.loading",
     "load_spec": "asge_zoo.spec",

@@ -20,8 +20,9 @@ from asge_zoo.backbones.vgg import VGG8
 from asge_zoo.data.base import Batch, DatasetInfo, Images
 from asge_zoo.data.digits import Digits
 from asge_zoo.data.memory import MemoryLoader
-from asge_zoo.graph.local_graph import LayerLocalRule, LocalGraph, StepResult
+from asge_zoo.graph.local_graph import LocalGraph
 from asge_zoo.graph.prediction import Prediction
+from asge_zoo.graph.rule import LayerLocalRule, StepResult
 from asge_zoo.graph.unit import Unit, Values
 from asge_zoo.ops.goodness import Goodness, MapShape
 from asge_zoo.ops.norm import Norm

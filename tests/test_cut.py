@@ -97,7 +97,7 @@ def test_functions_and_methods_become_steps() -> None:
 
     module, image = Mixed(), torch.randn(2, *IMAGE)
     env: dict[str, Any] = {"input": image}
-    pieces = cut(module, IMAGE)
+    pieces = cut(module, IMAGE).units
     for piece in pieces:
         for step in piece.steps:
             env[step.name] = step(env, None)

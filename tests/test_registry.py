@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from asge_zoo import registry
 from asge_zoo.compiler.build import compile_spec
 from asge_zoo.errors import SpecError
-from asge_zoo.graph.local_graph import Rule
+from asge_zoo.graph.rule import Rule
 from asge_zoo.ops.goodness import Goodness, MapShape
 from asge_zoo.ops.pooling import Pooling
 from asge_zoo.registry import ROOMS, Component, components, near_miss, register

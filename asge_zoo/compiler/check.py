@@ -5,8 +5,8 @@ from typing import NamedTuple, cast
 from asge_zoo.backbones.base import Backbone
 from asge_zoo.data.base import Dataset
 from asge_zoo.errors import SpecError
-from asge_zoo.graph.local_graph import Rule
 from asge_zoo.graph.prediction import Prediction
+from asge_zoo.graph.rule import Rule
 from asge_zoo.ops.norm import Norm
 from asge_zoo.ops.pooling import Pooling
 from asge_zoo.optim.optimizers import Optimizer
@@ -47,8 +47,9 @@ def check_spec(spec: Spec) -> None:
     Raises:
         SpecError: names the field, and what to do.
     """
-    data, backbone, _, _, rule, prediction, _, _ = parts(spec)
+    data, backbone, pooling, norm, rule, prediction, _, _ = parts(spec)
     data.check()
+    backbone.check(pooling, norm)
     info, smallest = data.info(), backbone.min_size()
     if min(info.height, info.width) < smallest:
         raise SpecError(

@@ -69,7 +69,7 @@ def plan(spec: Spec) -> dict[str, Any]:
             "backprop_bytes": sum(unit["activation_bytes"] for unit in units),
             "local_bytes": widest * bytes_per_number + kept,
         },
-        "compiled_graphs": 1 if spec.train.compile else 0,
+        "compiled_graphs": graph.compiled_graphs,
     }
 
 

@@ -1,81 +1,182 @@
-"""Tracing a backbone, and its values' shapes from the meta device."""
+"""Tracing a backbone with torch.fx, every value's shape known on the way, from the meta device.
+
+So a backbone may branch on shapes; what it may not is branch on values. The size of a batch stays open.
+"""
 
 import copy
-from typing import Any
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.proxy import TraceError
+from torch.fx.node import map_arg
 
 from asge_zoo.errors import SpecError
+from asge_zoo.ops.transfer import Transfer
+
+BATCH = 7  # images while tracing: a size that little else has by chance
+VALUE = "value"  # under which a node's meta has what it is, on the meta device
+IS_BATCH = "is_batch"  # whether it is the size of a batch
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+FUNCTIONAL_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+IN_PLACE = {getattr(operator, f"i{name}"): getattr(operator, name) for name in ("add", "sub", "mul", "truediv")}
 
 
-def is_convolution(module: nn.Module | None) -> bool:
-    """Whether a module is what a unit is built around."""
-    return isinstance(module, CONVOLUTIONS)
+class ShapedProxy(fx.Proxy):
+    """A value under trace that knows its sizes; the batch's is a value, too."""
+
+    def __iter__(self) -> Iterator[Any]:
+        value = self.node.meta[VALUE]
+        if isinstance(value, (tuple, list)):
+            return (cast(Any, self)[i] for i in range(len(value)))
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        value = self.node.meta[VALUE]
+        return len(value) if isinstance(value, (tuple, list)) else super().__len__()
+
+    @property
+    def ndim(self) -> int:
+        return self.node.meta[VALUE].ndim
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        return cast(UnitTracer, self.tracer).sizes(self)
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
 
 
 class UnitTracer(fx.Tracer):
-    """Traces into whatever holds a convolution; everything else stays whole.
+    """Traces into whatever holds a convolution or a linear layer; everything else stays whole.
 
     So flags (training or not), asserts and buffer updates stay inside modules, and nothing is baked in.
     """
 
+    def __init__(self, module: nn.Module, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.image_shape = image_shape
+        self.twin = copy.deepcopy(module).to("meta")
+        self.tensors = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+        self.batch: fx.Proxy | None = None
+        self.computes = False  # a value, in which modules are called as ever
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_convolution(m) or not any(is_convolution(inner) for inner in m.modules())
+        apart = (*CONVOLUTIONS, nn.Linear, Transfer)
+        return isinstance(m, apart) or not any(isinstance(inner, apart) for inner in m.modules())
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return forward(*args, **kwargs) if self.computes else super().call_module(m, forward, args, kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return ShapedProxy(node, self)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **others: Any) -> fx.Proxy:
+        target, kwargs = _out_of_place(kind, target, kwargs)
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **others)
+        if kind != "output":
+            proxy.node.meta[VALUE] = self._value(proxy.node)
+        if kind == "placeholder":
+            self.images = proxy
+        return proxy
+
+    def sizes(self, proxy: fx.Proxy) -> tuple[Any, ...]:
+        """A value's shape, but for the size of the batch, which is traced."""
+        shape = tuple(proxy.node.meta[VALUE].shape)
+        if proxy.node.op == "get_attr" or not shape:
+            return shape
+        if shape[0] != BATCH:
+            return (self.create_proxy("call_method", "size", (proxy, 0), {}), *shape[1:])
+        if self.batch is None:  # one for all, so that shapes can be compared
+            self.batch = self.create_proxy("call_method", "size", (self.images, 0), {})
+            self.batch.node.meta[IS_BATCH] = True
+        return (self.batch, *shape[1:])
+
+    def _value(self, node: fx.Node) -> Any:
+        """What a node is, on the meta device."""
+        args, kwargs = cast(Any, map_arg)((node.args, node.kwargs), lambda source: source.meta[VALUE])
+        target = cast(Any, node.target)
+        self.computes = True
+        try:
+            with torch.no_grad():
+                if node.op == "placeholder":
+                    return torch.empty(BATCH, *self.image_shape, device="meta")
+                if node.op == "get_attr":
+                    constant = target not in self.tensors  # which fx has put into the root itself
+                    return operator.attrgetter(target)(self.root if constant else self.twin).to("meta")
+                if node.op == "call_module":
+                    return self.twin.get_submodule(target)(*args, **kwargs)
+                function = operator.methodcaller(target, *args[1:], **kwargs) if node.op == "call_method" else None
+                return function(args[0]) if function else target(*args, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            size = "×".join(map(str, self.image_shape))
+            raise SpecError(f"backbone: does not take images of {size} ({str(error).splitlines()[0]})") from error
+        finally:
+            self.computes = False
 
 
-class ShapeRecorder(fx.Interpreter):
-    """Runs a traced graph on the meta device and notes every value's shape and every node's MACs."""
-
-    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(module, graph=graph)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.macs: dict[str, int] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, Tensor):
-            self.shapes[n.name] = tuple(result.shape)
-            if n.op == "call_module":
-                self.macs[n.name] = multiply_accumulates(self.submodules[str(n.target)], result)
-        return result
+def _out_of_place(kind: str, target: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """An operation that leaves its arguments as they are: they may be another unit's."""
+    if kind == "call_method" and target.endswith("_") and not target.endswith("__"):
+        target = target.rstrip("_")
+    return IN_PLACE.get(target, target) if kind == "call_function" else target, {
+        name: False if name == "inplace" else value for name, value in kwargs.items()
+    }
 
 
-def multiply_accumulates(module: nn.Module, output: Tensor) -> int:
-    """Multiply-accumulates of a convolution or linear layer per image; 0 for other modules."""
-    per_image = output[0].numel()
-    if isinstance(module, CONVOLUTIONS):
-        return per_image * module.weight[0].numel()
-    if isinstance(module, nn.Linear):
-        return per_image * module.in_features
-    return 0
+def trace(module: nn.Module, image_shape: tuple[int, int, int]) -> fx.Graph:
+    """The module's forward pass as a graph whose leaves are modules; each node's meta has its `VALUE`.
 
-
-def trace(module: nn.Module) -> fx.Graph:
-    """The module's forward pass as a graph whose leaves are modules.
+    Args:
+        module: from images to one tensor. Its modules' `inplace` flags are switched off.
+        image_shape: (C, H, W) of an image.
 
     Raises:
-        SpecError: the module branches on data, or is otherwise not traceable.
+        SpecError: the module branches on data, does not take such images, or is otherwise not traceable.
     """
+    for inner in module.modules():
+        if getattr(inner, "inplace", False) is True:
+            setattr(inner, "inplace", False)  # noqa: B010
     try:
-        return UnitTracer().trace(module)
-    except (TraceError, TypeError, ValueError) as error:
-        raise SpecError(f"backbone: can't be traced into units ({' '.join(str(error).split())})") from error
+        graph = UnitTracer(module, image_shape).trace(module)
+    except SpecError:
+        raise
+    except Exception as error:  # whatever a forward pass raises that meets a proxy where it knows tensors
+        raise SpecError(
+            f"backbone: can't be traced into units ({' '.join(str(error).split())}); a branch may depend on shapes, "
+            f"not on values"
+        ) from error
+    for node in list(graph.nodes):
+        if node.target is operator.getitem and not isinstance(node.args[0].meta[VALUE], Tensor):
+            node.args[0].append(node)  # parts of a tuple stand behind it: a unit passes on tensors, and no tuples
+    for node in reversed(graph.nodes):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
+    return graph
 
 
-def record_shapes(module: nn.Module, graph: fx.Graph, image_shape: tuple[int, int, int]) -> ShapeRecorder:
-    """Shapes and MACs of every value of the graph, for one image (C, H, W), without computing anything.
+def is_convolution(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node is what a unit is built around: a convolution, or a linear layer on a map."""
+    if node.op == "call_function":
+        return node.target in FUNCTIONAL_CONVOLUTIONS
+    module = modules.get(str(node.target)) if node.op == "call_module" else None
+    return isinstance(module, CONVOLUTIONS) or (isinstance(module, nn.Linear) and node.meta[VALUE].ndim == 4)
 
-    Raises:
-        SpecError: the backbone does not take images of that shape.
-    """
-    recorder = ShapeRecorder(copy.deepcopy(module).to("meta"), graph)
-    try:
-        recorder.run(torch.empty(1, *image_shape, device="meta"))
-    except RuntimeError as error:
-        size = "×".join(map(str, image_shape))
-        raise SpecError(f"backbone: does not take images of {size} ({str(error).splitlines()[0]})") from error
-    return recorder
+
+def multiply_accumulates(node: fx.Node, modules: Mapping[str, nn.Module]) -> int:
+    """Multiply-accumulates of a convolution or linear layer per image; 0 for all else."""
+    if node.op == "call_function" and node.target in FUNCTIONAL_CONVOLUTIONS:
+        weight = cast(fx.Node, node.kwargs.get("weight") or node.args[1]).meta[VALUE]
+    else:
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+            return 0
+        weight = module.weight
+    value: Tensor = node.meta[VALUE]
+    return value[0].numel() * weight[0].numel()

@@ -6,7 +6,7 @@ from asge_zoo.compiler.cut import cut
 from asge_zoo.conformance.common import Check, Subject, close, expect, size
 from asge_zoo.conformance.graphs import learning
 from asge_zoo.conformance.modules import Example, lasting, tracing
-from asge_zoo.graph.local_graph import INPUT
+from asge_zoo.graph.unit import INPUT
 from asge_zoo.ops.norm import LayerNorm
 from asge_zoo.ops.pooling import RMS
 from asge_zoo.seeding import keyed_generator
@@ -34,14 +34,15 @@ def cuts_into_units(subject: Subject) -> None:
     """Units, each with parameters, that compute what the whole computes."""
     for shape, example in zip(sizes(subject), backbones(subject), strict=True):
         whole = example.build(0).eval()
-        units = cut(whole, shape)
+        units = cut(whole, shape, subject.make().cutting(whole)).units
         values = {INPUT: example.x}
         with torch.no_grad():
             for unit in units:
                 expect(bool(unit.parameters), f"{example.what}: unit '{unit.name}' has no parameters")
                 values = unit.run(values)
             found, expected = values[units[-1].output], whole(example.x)
-        expect(found.ndim == 4, f"{example.what}: the answer is {size(found.shape)} and no map (B, C, H, W)")
+        is_features = found.ndim in (2, 4)
+        expect(is_features, f"{example.what}: the answer is {size(found.shape)}, neither a map (B, C, H, W) nor (B, C)")
         expect(bool(found.isfinite().all()), f"{example.what}: the answer is not finite")
         expect(close(found, expected), f"{example.what}: the units give another answer than the whole")
 

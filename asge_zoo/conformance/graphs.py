@@ -13,7 +13,8 @@ from asge_zoo.compiler.build import compile_spec
 from asge_zoo.conformance.common import Check, Subject, close, equal, expect, size
 from asge_zoo.conformance.modules import Example, lasting
 from asge_zoo.graph.functional import own_code
-from asge_zoo.graph.local_graph import LocalGraph, StepResult
+from asge_zoo.graph.local_graph import LocalGraph
+from asge_zoo.graph.rule import StepResult
 from asge_zoo.ops.goodness import MapShape
 from asge_zoo.registry import Component
 from asge_zoo.seeding import keyed_generator
@@ -142,7 +143,7 @@ def draws_from_the_generator(subject: Subject) -> None:
 
 
 def lays_out_goodness(subject: Subject) -> None:
-    layout = subject.make().goodness_layout(MapShape(4, 8, 8, 8))
+    layout = subject.make().goodness_layout(MapShape(4, 8, 8, 8), CLASSES)
     good = len(layout) == 2 and all(type(number) is int and number >= 0 for number in layout)
     expect(good, f"goodness_layout gives {layout!r}")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from asge_zoo.errors import DivergenceError
 from asge_zoo.evaluate import Evaluation
-from asge_zoo.graph.local_graph import StepResult
+from asge_zoo.graph.rule import StepResult
 
 
 @dataclass(frozen=True)

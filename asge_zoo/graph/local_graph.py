@@ -3,162 +3,18 @@
 Shapes: B batch, C channels, H height, W width, N classes. Images are float, normalised.
 """
 
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from types import MethodType
-from typing import ClassVar, NamedTuple, cast
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import grad_and_value
 
 from asge_zoo.graph.functional import bind, full_precision, own_code
 from asge_zoo.graph.prediction import Prediction
-from asge_zoo.graph.unit import Unit, Values
-from asge_zoo.ops.goodness import MapShape
-from asge_zoo.registry import Component
-
-INPUT = "input"
-
-
-class StepResult(NamedTuple):
-    """What one training step found; nothing has been changed by it.
-
-    Attributes:
-        grads: a gradient for every trainable parameter, by its name in `named_parameters()`.
-        losses: (units,) local losses, or (1,) for a rule with one global loss.
-        unit_logits: per unit (B, N); empty for a rule without local logits.
-        logits: (B, N) of the prediction strategy; None for a rule with candidate labels.
-        head_loss: () cross-entropy of the prediction's logits; without logits, the mean of `losses`.
-        buffers: new values of the backbone's buffers that the step updates, by name.
-    """
-
-    grads: dict[str, Tensor]
-    losses: Tensor
-    unit_logits: tuple[Tensor, ...]
-    logits: Tensor | None
-    head_loss: Tensor
-    buffers: dict[str, Tensor]
-
-
-class Rule(Component):
-    """Contract of a learning rule: how a batch becomes gradients.
-
-    With `candidate_labels`, images go through the units with a label: class logits take a pass a candidate (see
-    `infer`), steps have none, and only predictions on the units' own logits, with nothing to train, are served.
-    """
-
-    group: ClassVar[str] = "rule"
-    layer_local: ClassVar[bool] = False
-    candidate_labels: ClassVar[bool] = False
-
-    def check(self, shapes: Sequence[MapShape], num_classes: int) -> None:
-        """Raise a SpecError, which names the field and what to do, for activation maps that the rule can't train on."""
-
-    def goodness_layout(self, shape: MapShape) -> tuple[int, int]:
-        """(partition, goodness_dim) of a unit with that map; zeros for a rule without goodness."""
-        return 0, 0
-
-    def build_unit(self, shape: MapShape, num_classes: int, generator: torch.Generator) -> nn.Module | None:
-        """A unit's local classifier, from its activation (B, C, H, W) to logits (B, N), or None."""
-        return None
-
-    def infer(
-        self, graph: "LocalGraph", images: Tensor, stop: int, *, local: bool
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """What the prediction keeps of the units up to index `stop`, and, if `local`, their own logits, each (B, N)."""
-        kept, unit_logits = [], []
-        for index, env in graph.walk(images, stop=stop):
-            with full_precision(activation := env[graph.units[index].activation]):
-                if local:
-                    unit_logits.append(graph.local[index](activation))
-                kept.extend(graph.keep(index, env))
-        return kept, unit_logits
-
-    @abstractmethod
-    def step(self, graph: "LocalGraph", params: Values, state: Values, images: Tensor, labels: Tensor) -> StepResult:
-        """Gradients and losses of one batch: pure, traceable, nothing changed.
-
-        Args:
-            graph: the units, modules and prediction to use.
-            params: every trainable parameter by name.
-            state: every buffer, and every frozen parameter, by name.
-            images: (B, C, H, W), float, normalised.
-            labels: (B,), int64.
-        """
-
-
-class LayerLocalRule(Rule):
-    """A rule by which each unit learns from its own loss; `build_unit` and `unit_loss` are all there is to write.
-
-    The loss is differentiated with respect to the unit's own parameters alone, its inputs are constants:
-    locality holds by construction. A unit's activations are dead before the next one's gradient is taken.
-    """
-
-    layer_local: ClassVar[bool] = True
-
-    @abstractmethod
-    def build_unit(self, shape: MapShape, num_classes: int, generator: torch.Generator) -> nn.Module:
-        """A unit's local classifier, drawn from `generator`: from its activation (B, C, H, W) to logits (B, N).
-
-        With `candidate_labels`, to the goodness (B,) of the label that came with the image.
-        """
-
-    @abstractmethod
-    def unit_loss(
-        self, classify: Callable[[Tensor], Tensor], activation: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """A unit's loss and logits.
-
-        Args:
-            classify: the unit's local classifier, bound to its tensors.
-            activation: (B, C, H, W), what goodness reads.
-            labels: (B,), int64.
-
-        Returns:
-            loss () and logits (B, N), which are None with `candidate_labels`.
-        """
-
-    def step(self, graph: "LocalGraph", params: Values, state: Values, images: Tensor, labels: Tensor) -> StepResult:
-        env: dict[str, Tensor] = {INPUT: images}
-        grads, losses, unit_logits, kept, buffers = {}, [], [], [], {}
-        for index, unit in enumerate(graph.units):
-
-            def objective(own: dict[str, Tensor], env=env, index=index, unit=unit):
-                updated = {name: state[name].clone() for name in unit.buffers}
-                after = unit.run(env, {**state, **own, **updated})
-                activation = after[unit.activation]
-                with full_precision(activation):
-                    loss, logits = self.unit_loss(graph.bind_local(index, {**state, **own}), activation, labels)
-                logits = [] if logits is None else [logits]
-                return loss, (logits, graph.keep(index, after), unit.leave(after), updated)
-
-            own = {name: params[name] for name in unit.parameters}
-            gradient, (loss, aux) = grad_and_value(objective, has_aux=True)(own)
-            logits, summary, env, updated = aux
-            grads.update(gradient)
-            buffers.update(updated)
-            losses.append(loss)
-            unit_logits.extend(logits)
-            kept.extend(summary)
-        local = torch.stack(losses)
-        if self.candidate_labels:
-            return StepResult(grads, local, (), None, local.mean(), buffers)
-        head, head_loss, logits = self._head_step(graph, params, state, kept, unit_logits, labels)
-        return StepResult({**grads, **head}, local, tuple(unit_logits), logits, head_loss, buffers)
-
-    def _head_step(self, graph: "LocalGraph", params, state, kept, unit_logits, labels):
-        """The head's loss trains the head only: what it reads are constants."""
-        own = {name: params[name] for name in graph.head_parameters}
-
-        def objective(own: dict[str, Tensor]):
-            logits = graph.predict({**state, **own}, kept, unit_logits)
-            return F.cross_entropy(logits, labels), logits
-
-        with full_precision(labels):
-            gradient, (loss, logits) = grad_and_value(objective, has_aux=True)(own) if own else ({}, objective(own))
-        return gradient, loss, logits
+from asge_zoo.graph.rule import LayerLocalRule, Rule, StepResult, UnitResult
+from asge_zoo.graph.shared import SharedSteps
+from asge_zoo.graph.unit import INPUT, Unit, Values
 
 
 class LocalGraph(nn.Module):
@@ -166,6 +22,10 @@ class LocalGraph(nn.Module):
 
     Made by `compile_spec`. Its state dict holds `backbone.*` (the backbone's own keys), `local.<unit>.*` (the rule's
     tensors, projections among them) and `head.*`.
+
+    Args:
+        templates: for each unit the first one of its structure, where the units' steps are compiled one by one and
+            units of a structure share theirs; empty where the step is compiled as a whole.
     """
 
     def __init__(
@@ -180,6 +40,7 @@ class LocalGraph(nn.Module):
         num_classes: int,
         precision: str,
         compile: bool,
+        templates: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -192,7 +53,9 @@ class LocalGraph(nn.Module):
         self.precision = precision
         self.head_parameters = tuple(f"head.{name}" for name, _ in head.named_parameters())
         self.compiled = compile
+        self.templates = tuple(templates)
         self._step: Callable[..., StepResult] | None = None
+        self._unit_step: Callable[..., UnitResult] | None = None
 
     # Building blocks for rules.
 
@@ -209,6 +72,20 @@ class LocalGraph(nn.Module):
     def predict(self, values: Values, kept: list[Tensor], unit_logits: Sequence[Tensor]) -> Tensor:
         """The prediction's logits (B, N), with the head's tensors from `values`."""
         return self.prediction.logits(bind(self.head, "head.", values), kept, unit_logits)
+
+    def unit_step(self, index: int, params: Values, state: Values, env: Values, labels: Tensor) -> UnitResult:
+        """Unit `index`'s part of a layer-local rule's step; arguments as for `Rule.step`, `env` the earlier values."""
+        unit = self.units[index]
+        own = {name: params[name] for name in unit.parameters}
+        constants = {name: state[name] for name in unit.constants}
+        read = {name: env[name] for name in unit.reads}
+        if self._unit_step is not None:
+            return self._unit_step(index, own, constants, read, labels)
+        return self._local_rule().unit_step(self, index, own, constants, read, labels)
+
+    def _local_rule(self) -> LayerLocalRule:
+        assert isinstance(self.rule, LayerLocalRule)
+        return self.rule
 
     # Training.
 
@@ -235,13 +112,22 @@ class LocalGraph(nn.Module):
             labels: (B,), int64.
         """
         if self._step is None:  # torch's compiler takes seconds to load: only who trains waits for it
-            self._step = (
-                torch.compile(own_code(cast(MethodType, self.step_fn)), fullgraph=True)
-                if self.compiled
-                else self.step_fn
-            )
+            self._step = self._built_step()
         with torch.no_grad():  # gradients are taken inside, by torch.func; nothing else may track them
             return self._step(*self.tensors(), images, labels)
+
+    def _built_step(self) -> Callable[..., StepResult]:
+        if not self.compiled:
+            return self.step_fn
+        if not self.templates:
+            return torch.compile(own_code(cast(MethodType, self.step_fn)), fullgraph=True)
+        self._unit_step = SharedSteps(self, self._local_rule(), self.templates)
+        return self.step_fn
+
+    @property
+    def compiled_graphs(self) -> int:
+        """Graphs that torch's compiler makes of a step."""
+        return max(1, len(set(self.templates))) if self.compiled else 0
 
     # Inference.
 

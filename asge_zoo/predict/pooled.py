@@ -53,7 +53,8 @@ class PooledPrediction(Prediction):
         if index < self.first_unit(num_units):
             return None
         x = activation if self.features == "activation" else output
-        return x.to(torch.promote_types(x.dtype, torch.float32)).mean((2, 3))
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return x.mean((2, 3)) if x.ndim == 4 else x  # a backbone may pool globally itself
 
     def logits(self, head: Callable[..., Tensor], kept: list[Tensor], unit_logits: Sequence[Tensor]) -> Tensor:
         return head(*kept)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asge_zoo.graph.local_graph import LayerLocalRule
+from asge_zoo.graph.rule import LayerLocalRule
 from asge_zoo.ops.goodness import Goodness, MapShape
 from asge_zoo.ops.projection import Projection
 from asge_zoo.registry import Slot, default_component, register
@@ -22,7 +22,7 @@ class ASGE(LayerLocalRule):
     goodness: Annotated[Goodness, Slot("goodness", "spatial")] = default_component("goodness", "spatial")
     projection: Annotated[Projection, Slot("projection", "gaussian")] = default_component("projection", "gaussian")
 
-    def goodness_layout(self, shape: MapShape) -> tuple[int, int]:
+    def goodness_layout(self, shape: MapShape, num_classes: int) -> tuple[int, int]:
         return self.goodness.partition(shape), self.goodness.dim(shape)
 
     def build_unit(self, shape: MapShape, num_classes: int, generator: torch.Generator) -> nn.Module:

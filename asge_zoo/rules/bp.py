@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from asge_zoo.graph.functional import full_precision
-from asge_zoo.graph.local_graph import LocalGraph, Rule, StepResult
+from asge_zoo.graph.local_graph import LocalGraph
+from asge_zoo.graph.rule import Rule, StepResult
 from asge_zoo.graph.unit import Values
 from asge_zoo.registry import register
 

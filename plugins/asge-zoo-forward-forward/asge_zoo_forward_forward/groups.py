@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asge_zoo.errors import SpecError
-from asge_zoo.graph.local_graph import LayerLocalRule
+from asge_zoo.graph.rule import LayerLocalRule
 from asge_zoo.ops.goodness import MapShape
 
 
@@ -46,6 +46,9 @@ class ChannelGroups(LayerLocalRule):
                     f"rule.kind: {self.kind} needs a group of channels for each of {num_classes} classes, and the "
                     f"{shape.channels} channels of unit {index} are no multiple of that; choose another backbone.width"
                 )
+
+    def goodness_layout(self, shape: MapShape, num_classes: int) -> tuple[int, int]:
+        return 1, num_classes
 
     def unit_loss(
         self, classify: Callable[[Tensor], Tensor], activation: Tensor, labels: Tensor

@@ -10,7 +10,8 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from asge_zoo.graph.functional import full_precision
-from asge_zoo.graph.local_graph import LayerLocalRule, LocalGraph, StepResult
+from asge_zoo.graph.local_graph import LocalGraph
+from asge_zoo.graph.rule import LayerLocalRule, StepResult
 from asge_zoo.graph.unit import Values
 from asge_zoo.ops.goodness import MapShape
 from asge_zoo_forward_forward.labels import class_waves, other_labels
@@ -40,6 +41,9 @@ class LabelPairs(LayerLocalRule):
     @abstractmethod
     def pair_loss(self, right: Tensor, wrong: Tensor) -> Tensor:
         """The loss () of goodness with the right labels and with wrong ones, both (B,), row by row of one image."""
+
+    def goodness_layout(self, shape: MapShape, num_classes: int) -> tuple[int, int]:
+        return 1, 1
 
     def build_unit(self, shape: MapShape, num_classes: int, generator: torch.Generator) -> nn.Module:
         return MeanSquare()

@@ -1,0 +1,63 @@
+"""Compiled steps of single units, one for all units of a structure: a deep network compiles as fast as a short one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from asge_zoo.graph.functional import own_code
+from asge_zoo.graph.rule import LayerLocalRule, UnitResult
+from asge_zoo.graph.unit import Unit, Values
+
+if TYPE_CHECKING:
+    from asge_zoo.graph.local_graph import LocalGraph
+
+
+class UnitStep:
+    """One unit's step, as a function of tensors alone."""
+
+    def __init__(self, graph: "LocalGraph", rule: LayerLocalRule, index: int) -> None:
+        self.graph, self.rule, self.index = graph, rule, index
+
+    def run(self, own: Values, constants: Values, env: Values, labels: Tensor) -> UnitResult:
+        """See `LayerLocalRule.unit_step`."""
+        return self.rule.unit_step(self.graph, self.index, own, constants, env, labels)
+
+
+class SharedSteps:
+    """Runs any unit's step by the compiled one of its template, with the unit's own tensors under that one's names.
+
+    Args:
+        graph: the units.
+        rule: the graph's, layer-local.
+        templates: for each unit the first one of its structure: the same steps on the same shapes, names apart.
+    """
+
+    def __init__(self, graph: "LocalGraph", rule: LayerLocalRule, templates: Sequence[int]) -> None:
+        self._units, self._templates = graph.units, templates
+        self._steps: dict[int, Callable[..., UnitResult]] = {
+            index: torch.compile(own_code(cast(MethodType, UnitStep(graph, rule, index).run)), fullgraph=True)
+            for index in set(templates)
+        }
+
+    def __call__(self, index: int, own: Values, constants: Values, env: Values, labels: Tensor) -> UnitResult:
+        template = self._templates[index]
+        names = dict(zip(_names(self._units[index]), _names(self._units[template]), strict=True))
+        # Detached: a template's own tensors would be guarded as those of its modules, and other units' be refused.
+        given = [{names[name]: x.detach() for name, x in values.items()} for values in (own, constants, env)]
+        found = self._steps[template](*given, labels)
+        back = {theirs: ours for ours, theirs in names.items()}
+        return found._replace(
+            grads=_renamed(found.grads, back), made=_renamed(found.made, back), buffers=_renamed(found.buffers, back)
+        )
+
+
+def _names(unit: Unit) -> list[str]:
+    """Of all tensors that enter or leave a unit's step, in an order that units of one structure share."""
+    return [*unit.parameters, *unit.constants, *unit.reads, *unit.makes]
+
+
+def _renamed(values: Values, names: Mapping[str, str]) -> dict[str, Tensor]:
+    return {names[name]: value for name, value in values.items()}
