@@ -25,6 +25,7 @@ ORDER = (
     ("compiler",),
     ("evaluate",),
     ("engine",),
+    ("export",),
     ("conformance",),
     ("testing",),
     ("report",),

@@ -1,21 +1,27 @@
 """Cutting: which backbones are refused, and with what reason."""
 
+from pathlib import Path
 from types import MethodType
 from typing import Any, Literal, cast
 
 import pytest
+import safetensors.torch
 import torch
+import torch.nn.functional as F
 from tiny import tiny_spec
 from torch import Tensor, nn
 
 from asge_zoo.backbones.base import Backbone
 from asge_zoo.compiler.build import compile_spec
 from asge_zoo.compiler.cut import cut
+from asge_zoo.engine.train import train
 from asge_zoo.errors import SpecError
 from asge_zoo.graph.functional import own_code
 from asge_zoo.ops.norm import ChannelAffine, Norm, SampleLayerNorm
 from asge_zoo.ops.pooling import Pooling
 from asge_zoo.ops.transfer import Transfer
+from asge_zoo.registry import register
+from asge_zoo.spec import Spec
 
 IMAGE = (3, 8, 8)
 
@@ -46,16 +52,96 @@ class DataBranch(nn.Module):
         return self.conv(x) if x.mean() > 0 else x
 
 
-class FreeParameter(nn.Module):
-    """A parameter of its own, outside any module the tracer keeps whole."""
+class ThirdParty(nn.Module):
+    """As somebody else would write it: functions, tensors of its own, and branches on shapes."""
+
+    mask: Tensor
+
+    def __init__(self, in_channels: int = 3) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(in_channels, 8, kernel_size=3, padding=1)
+        self.kernel = nn.Parameter(torch.randn(8, 8, 3, 3) / 8)
+        self.scale = nn.Parameter(torch.ones(8, 1, 1))
+        self.register_buffer("mask", torch.linspace(0.5, 1, 8)[:, None, None])
+        self.last = nn.Conv2d(8, 10, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x), inplace=True)
+        if x.shape[-1] > 8:
+            x = F.avg_pool2d(x, 2)
+        y = F.conv2d(x, self.kernel, padding=1) * self.scale
+        y = F.relu(y).mul_(self.mask)
+        batch, channels, height, width = y.shape
+        assert y.size() == x.shape and len(x.shape) == x.dim()
+        left, right = y.view(batch, channels, height * width).chunk(2, dim=1)
+        y = torch.cat([right, left], dim=1).view(batch, channels, height, width)
+        y += x
+        return torch.flatten(F.adaptive_avg_pool2d(F.relu(self.last(y)), 1), 1)
+
+
+class Gated(nn.Module):
+    """Squeeze and excitation by convolutions, behind the second of three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = conv(), conv(), conv()
+        self.squeeze, self.excite = nn.Conv2d(3, 2, kernel_size=1), nn.Conv2d(2, 3, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x).relu()).relu()
+        x = x * self.excite(self.squeeze(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        return self.third(x)
+
+
+class Flagged(nn.Module):
+    """Decides by a flag of its own, which tracing can't see."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = conv()
-        self.scale = nn.Parameter(torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x) * self.scale
+        return F.dropout(self.conv(x), training=self.training)
+
+
+class Constant(nn.Module):
+    """Holds a tensor that is neither parameter nor buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.shift = conv(), torch.ones(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + self.shift
+
+
+class Pair(nn.Module):
+    """Gives two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.conv(x), x
+
+
+class TwoInputs(Pair):
+    """Takes more than images."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.conv(x + y)
+
+
+class Parallel(nn.Module):
+    """Two convolutions of one input, each passed on by itself: goodness sees one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.last = conv(), conv(), conv(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.cat([self.one(x), self.other(x)], dim=1).relu())
 
 
 def behind_the_goodness() -> nn.Module:
@@ -69,7 +155,9 @@ def behind_the_goodness() -> nn.Module:
         (nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), "holds no convolution"),
         (Shared(), "'conv' is used twice"),
         (DataBranch(), "can't be traced"),
-        (FreeParameter(), "uses 'scale' outside a module"),
+        (Constant(), "is a tensor but no parameter or buffer"),
+        (Pair(), "must take images and nothing else, and give one tensor"),
+        (TwoInputs(), "must take images and nothing else, and give one tensor"),
         (behind_the_goodness(), "'3' learns behind the goodness of the last unit"),
         (nn.Sequential(conv(4)), "does not take images of 3×8×8"),
         (nn.Sequential(conv(), nn.MaxPool2d(16)), "does not take images of 3×8×8"),
@@ -132,3 +220,77 @@ def test_each_graph_has_a_step_of_its_own() -> None:
     graphs = [compile_spec(tiny_spec()) for _ in range(2)]
     codes = {cast(MethodType, own_code(cast(MethodType, graph.step_fn))).__func__.__code__ for graph in graphs}
     assert len(codes) == 2
+
+
+class ThirdPartyBackbone(Backbone):
+    """Names that module in a spec."""
+
+    kind: Literal["test_third_party"] = "test_third_party"
+    module: Literal["third_party", "flagged", "data_branch"] = "third_party"
+
+    def build(self, in_channels: int, *, pooling: Pooling, norm: Norm) -> nn.Module:
+        if self.module == "third_party":
+            return ThirdParty(in_channels)
+        module = Flagged() if self.module == "flagged" else DataBranch()
+        module.conv = conv(in_channels)
+        return module
+
+
+def third_party(**options: Any) -> Spec:
+    return tiny_spec().model_copy(update={"backbone": ThirdPartyBackbone(**options)})
+
+
+def test_a_third_partys_module_is_cut() -> None:
+    """Its own parameters belong to the unit that uses them, and any number of images goes through."""
+    graph = compile_spec(third_party())
+    assert [unit.name for unit in graph.units] == ["first", "kernel", "last"]
+    assert [unit.parameters for unit in graph.units] == [
+        ("backbone.first.weight", "backbone.first.bias"),
+        ("backbone.kernel", "backbone.scale"),
+        ("backbone.last.weight", "backbone.last.bias"),
+    ]
+    assert [(unit.channels, unit.height) for unit in graph.units] == [(8, 16), (8, 8), (10, 8)]
+    for count in (1, 2, 5):
+        images = torch.randn(count, 1, 16, 16)
+        env = dict(graph.walk(images))[2]
+        assert torch.equal(env[graph.units[-1].output], graph.backbone(images))
+    result = graph.step(torch.randn(4, 1, 16, 16), torch.arange(4))
+    assert set(result.grads) == set(graph.tensors()[0]) and all(grad.any() for grad in result.grads.values())
+
+
+@pytest.mark.usefixtures("no_pictures", "own_registry")
+def test_a_third_partys_module_is_trained(tmp_path: Path) -> None:
+    register(ThirdPartyBackbone)
+    spec = third_party()
+    before = compile_spec(spec).state_dict()
+    train(spec, run_dir=tmp_path / "run", device="cpu")
+    after = safetensors.torch.load_file(tmp_path / "run" / "checkpoints" / "last" / "model.safetensors")
+    for name in ("backbone.kernel", "backbone.scale", "backbone.first.weight"):
+        assert not torch.equal(before[name], after[name]), name
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [("flagged", "gives another answer in evaluation mode than whole"), ("data_branch", "can't be traced into units")],
+)
+def test_a_third_partys_module_is_refused(module: str, reason: str) -> None:
+    with pytest.raises(SpecError, match=reason) as error:
+        compile_spec(third_party(module=module))
+    assert "\n" not in str(error.value)
+
+
+def test_a_gate_stays_with_what_it_gates() -> None:
+    pieces = cut(Gated(), IMAGE).units
+    assert [piece.name for piece in pieces] == ["first", "second", "third"]
+    assert {"backbone.squeeze.weight", "backbone.excite.weight"} <= set(pieces[1].parameters)
+
+
+def test_a_parallel_convolution_joins() -> None:
+    pieces = cut(Parallel(), IMAGE).units
+    assert [piece.name for piece in pieces] == ["one", "last"]
+    assert "backbone.other.weight" in pieces[0].parameters
+
+
+def test_macs_count_functional_convolutions() -> None:
+    units = cut(ThirdParty(), (3, 16, 16)).units
+    assert [unit.macs for unit in units] == [8 * 256 * 27, 8 * 64 * 72, 10 * 64 * 72]

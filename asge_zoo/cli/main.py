@@ -13,6 +13,7 @@ from asge_zoo.cli.compare import compare
 from asge_zoo.cli.doctor import doctor
 from asge_zoo.cli.evaluate import evaluate
 from asge_zoo.cli.explain import explain
+from asge_zoo.cli.export import export
 from asge_zoo.cli.ls import ls
 from asge_zoo.cli.plugins import plugins
 from asge_zoo.cli.schema import schema
@@ -21,7 +22,7 @@ from asge_zoo.cli.validate import validate
 from asge_zoo.cli.verify import verify
 from asge_zoo.errors import Stopped, ZooError
 
-COMMANDS = (train, evaluate, compare, validate, explain, schema, ls, plugins, verify, doctor)
+COMMANDS = (train, evaluate, compare, validate, explain, schema, ls, plugins, export, verify, doctor)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -33,7 +33,7 @@ class Segment:
 
 
 def segments(graph: fx.Graph, modules: Mapping[str, nn.Module], cutting: Cutting) -> list[Segment]:
-    """The graph's operations by unit, in order."""
+    """The graph's operations by unit, in order; whatever fetches a tensor must stand right before what uses it."""
     single = _by_convolution(graph, modules)
     if cutting.by == "conv" or not single:
         return single
@@ -72,8 +72,12 @@ def convolution_name(node: fx.Node) -> str:
 
 def _by_convolution(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> list[Segment]:
     found: list[Segment] = []
+    fetched: list[fx.Node] = []  # tensors for the operation that comes next
     for node in graph.nodes:
         if node.op in ("placeholder", "output") or IS_BATCH in node.meta:
+            continue
+        if node.op == "get_attr":
+            fetched.append(node)
             continue
         if not found:
             found.append(Segment())
@@ -86,7 +90,8 @@ def _by_convolution(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> list[S
             found.append(Segment())
             depends = False
         current = found[-1]
-        current.nodes.append(node)
+        current.nodes += [*fetched, node]
+        fetched = []
         if convolves and not (depends and current.convolutions):
             current.convolutions.append(convolution_name(node))
         if depends or convolves:

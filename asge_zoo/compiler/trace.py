@@ -74,15 +74,16 @@ class UnitTracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return forward(*args, **kwargs) if self.computes else super().call_module(m, forward, args, kwargs)
 
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return ShapedProxy(node, self)
-
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **others: Any) -> fx.Proxy:
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **others: Any) -> fx.Node:
         target, kwargs = _out_of_place(kind, target, kwargs)
-        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **others)
+        node = super().create_node(kind, target, args, kwargs, *rest, **others)
         if kind != "output":
-            proxy.node.meta[VALUE] = self._value(proxy.node)
-        if kind == "placeholder":
+            node.meta[VALUE] = self._value(node)
+        return node
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        proxy = ShapedProxy(node, self)
+        if node.op == "placeholder":
             self.images = proxy
         return proxy
 
