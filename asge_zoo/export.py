@@ -32,9 +32,7 @@ def export_timm(path: str | Path, file: Path) -> dict[str, Any]:
     graph, spec = load_checkpoint(folder)
     part = parts(spec)
     if not isinstance(part.backbone, Timm):
-        raise SpecError(
-            f"{folder}: its backbone is '{part.backbone.kind}', and none of timm's; export a run of kind timm"
-        )
+        raise SpecError(f"{folder}: its backbone is '{part.backbone.kind}', and not timm's; export another run")
     if replaced := part.backbone.replaced():
         raise SpecError(
             f"{folder}: {' and '.join(replaced)} of '{part.backbone.name}' are not timm's own here, so timm would "

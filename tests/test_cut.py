@@ -264,7 +264,7 @@ def test_a_third_partys_module_is_trained(tmp_path: Path) -> None:
     spec = third_party()
     before = compile_spec(spec).state_dict()
     train(spec, run_dir=tmp_path / "run", device="cpu")
-    after = safetensors.torch.load_file(tmp_path / "run" / "checkpoints" / "last" / "model.safetensors")
+    after = safetensors.torch.load_file(tmp_path / "run" / "last" / "model.safetensors")
     for name in ("backbone.kernel", "backbone.scale", "backbone.first.weight"):
         assert not torch.equal(before[name], after[name]), name
 

@@ -108,7 +108,8 @@ def test_features_equal_timms(name: str, networks: Callable[[str], LocalGraph]) 
     model = original(graph, name).eval()
     with torch.no_grad():
         assert_close(features(graph.eval(), images), model(images), "evaluation")
-        graph.train(), model.train()
+        graph.train()
+        model.train()
         found = graph.step(images, labels).buffers
         model(images)
         expected = dict(model.named_buffers())
@@ -272,7 +273,9 @@ def test_best_stops_at_any_unit(unit: int) -> None:
 
 def test_images_leave_at_any_unit() -> None:
     """Early exit: constants on shortcuts leave the batch with their images."""
-    graph = build("resnet18", "prediction.kind=vote.early_exit", "prediction.threshold=0.3", **NARROW).eval()
+    graph = build(
+        "resnet18", "prediction.kind=vote.early_exit", "prediction.threshold=0.999", stem="cifar", norm="spec", **NARROW
+    ).eval()
     images, _ = batch(16)
     with torch.no_grad():
         logits, unit_logits = graph.all_logits(images)
@@ -333,7 +336,7 @@ def test_explain_says_how_many_graphs(name: str, rule: str, graphs: int) -> None
         (["backbone.stem=cifar", "backbone.pooling=spec"], "backbone.pooling: stem 'cifar' does not pool"),
         (["backbone.name=resnet26d", "backbone.norm=spec"], "backbone.norm: 'spec' needs a stem of one convolution"),
         (["backbone.name=ghostnet_100"], "backbone: "),
-        (["backbone.name=resnext50_32x4d", "backbone.width=0.01"], "backbone.name: timm can't make"),
+        (["backbone.name=resnet50_gn", "backbone.width=0.1"], "backbone.name: timm can't make 'resnet50_gn' so"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -396,7 +399,7 @@ def test_export_refuses_replaced_parts(tmp_path: Path, cli: Callable[..., Said])
 
     raw = {
         "name": "test",
-        "data": {"kind": "digits", "validation": 1400, "batch_size": 128},
+        "data": {"kind": "digits", "validation": 1300, "batch_size": 128},
         "backbone": {"kind": "timm", "name": "resnet18", "width": 0.05, "stem": "cifar", "norm": "spec"},
         "train": {"epochs": 1, "compile": False},
     }

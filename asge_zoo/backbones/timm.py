@@ -19,6 +19,7 @@ from asge_zoo.ops.transfer import Transfer
 from asge_zoo.registry import register
 
 STAGE_CHANNELS = (64, 128, 256, 512)  # of timm's ResNets, at width 1, before a bottleneck's expansion
+NORMS = (_BatchNorm, nn.GroupNorm)
 STEM_POOL = 2  # pixels a side that the stem's pooling makes one
 
 
@@ -113,7 +114,7 @@ class Timm(Backbone):
 def _start_norms_at_one(model: nn.Module) -> None:
     """Undo timm's zeros in a residual branch's last norm: its convolutions would get no local gradient from them."""
     for module in model.modules():
-        weight = module.weight if isinstance(module, _BatchNorm) else None
+        weight = module.weight if isinstance(module, NORMS) else None
         if weight is not None and not weight.is_meta and not weight.any():
             nn.init.ones_(weight)
 
@@ -134,16 +135,22 @@ def _replace_norms(model: Any, norm: Norm) -> None:
         for convolution in convolutions:
             convolution.bias = nn.Parameter(torch.zeros(convolution.out_channels))
         for name, child in list(part.named_children()):
-            if isinstance(child, (_BatchNorm, nn.GroupNorm)):
+            if isinstance(child, NORMS):
                 setattr(part, name, nn.Identity())
-    for block in blocks:
-        for name in ("1", "2", "3"):
-            if (act := getattr(block, f"act{name}", None)) is not None:
-                channels = getattr(block, f"conv{name}").out_channels
-                setattr(block, f"act{name}", nn.Sequential(act, _transfer(norm, channels)))
+    acts = [
+        (block, f"act{number}", getattr(block, f"conv{number}").out_channels)
+        for block in blocks
+        for number in (1, 2, 3)
+        if hasattr(block, f"act{number}")
+    ]
+    for block, name, channels in acts:
+        passed_on = _transfer(norm, channels) if (block, name) != acts[-1][:2] else _transfer(norm)
+        setattr(block, name, nn.Sequential(getattr(block, name), passed_on))
 
 
-def _transfer(norm: Norm | None, channels: int, pooling: nn.Module | None = None) -> nn.Module:
-    """What stands behind a unit's activation; the next unit's affine part, where the norm has one, comes with it."""
+def _transfer(norm: Norm | None, channels: int | None = None, pooling: nn.Module | None = None) -> nn.Module:
+    """What stands behind a unit's activation; with `channels` the next unit's affine part, where the norm has one."""
     transfer = Transfer(pooling=pooling, dropout=0.0, norm=norm.build() if norm else nn.Identity())
-    return nn.Sequential(transfer, ChannelAffine(channels)) if norm and norm.affine else transfer
+    if norm is None or not norm.affine or channels is None:
+        return transfer
+    return nn.Sequential(transfer, ChannelAffine(channels))

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from asge_zoo.cli import options
+from asge_zoo.cli import options, tables
 
 
 @click.command("compare")
@@ -24,7 +24,6 @@ def compare(runs: tuple[Path, ...], as_json: bool) -> None:
     if as_json:
         print(json.dumps(found))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -32,7 +31,7 @@ def compare(runs: tuple[Path, ...], as_json: bool) -> None:
         table.add_column(column, overflow="fold")
     for label, values in _rows(found):
         table.add_row(label, *("-" if value is None else str(value) for value in values))
-    Console(highlight=False).print(table)
+    tables.console().print(table)
 
 
 def _rows(found: list[dict[str, Any]]) -> list[tuple[str, list[Any]]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from asge_zoo.cli import options
+from asge_zoo.cli import options, tables
 
 
 @click.command("explain")
@@ -25,7 +25,6 @@ def explain(spec: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 def _show(planned: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     channels, height, width = planned["input"]
@@ -37,12 +36,12 @@ def _show(planned: dict[str, Any]) -> None:
         title_justify="left",
     )
     for column in ("unit", "channels", "map", "P", "goodness", "parameters", "MACs/image", "bytes/batch"):
-        table.add_column(column, justify="left" if column == "unit" else "right")
+        table.add_column(column, justify="left" if column == "unit" else "right", no_wrap=True)
     for unit in planned["units"]:
         counts = [unit[key] for key in ("partition", "goodness_dim", "parameters", "macs", "activation_bytes")]
         size = f"{unit['height']}×{unit['width']}"
         table.add_row(unit["name"], f"{unit['channels']}", size, *(f"{count:,}" for count in counts))
-    console = Console(highlight=False)
+    console = tables.console()
     console.print(table)
     totals, prediction, memory = planned["totals"], planned["prediction"], planned["memory"]
     for line in (

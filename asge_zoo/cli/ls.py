@@ -1,15 +1,12 @@
 """`asge-zoo ls`."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from asge_zoo.cli import options
-
-WIDE = 200  # columns, where no terminal sets their number
+from asge_zoo.cli import options, tables
 
 
 @click.command("ls")
@@ -29,7 +26,6 @@ def ls(what: str, data_root: Path | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows))
         return
-    from rich.console import Console
     from rich.table import Table
 
     if not rows:
@@ -40,7 +36,7 @@ def ls(what: str, data_root: Path | None, as_json: bool) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*("-" if value is None else str(value) for value in row.values()))
-    Console(highlight=False, width=None if sys.stdout.isatty() else WIDE).print(table)
+    tables.console().print(table)
 
 
 def _specs() -> list[dict[str, Any]]:

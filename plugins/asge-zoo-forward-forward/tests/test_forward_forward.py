@@ -316,16 +316,23 @@ def test_pairs_serve_predictions_on_unit_logits_alone(prediction: str, said: str
         compile_spec(tiny("ff.ff", {"kind": prediction}), device="meta")
 
 
-def test_pairs_train_no_head() -> None:
+def test_pairs_serve_neither_heads_nor_features() -> None:
     class Weighted(Sum):
         """Weighs the sum, and trains that."""
 
         def build(self, units: Any, num_classes: int) -> torch.nn.Module:
             return torch.nn.Linear(1, 1)
 
-    spec = tiny("ff.ff").model_copy(update={"prediction": Weighted()})
-    with pytest.raises(SpecError, match="prediction.kind: 'ff.sum' has a head to train, and rule 'ff.ff' has no class"):
-        compile_spec(spec, device="meta")
+    class Looks(Sum):
+        """Keeps feature maps beside the logits."""
+
+        def keep(self, index: int, num_units: int, activation: Tensor, output: Tensor) -> Tensor:
+            return output.mean((2, 3))
+
+    for prediction in (Weighted(), Looks()):
+        spec = tiny("ff.ff").model_copy(update={"prediction": prediction})
+        with pytest.raises(SpecError, match="prediction.kind: 'ff.sum' reads feature maps or has a head to train"):
+            compile_spec(spec, device="meta")
 
 
 @pytest.mark.parametrize(
