@@ -17,7 +17,18 @@ import torch
 from asge_zoo.errors import SpecError
 from asge_zoo.registry import Origin
 
-PACKAGES = ("asge-zoo", "torch", "triton", "torchvision", "pydantic", "safetensors", "scikit-learn", "numpy", "ffcv")
+PACKAGES = (
+    "asge-zoo",
+    "torch",
+    "triton",
+    "torchvision",
+    "timm",
+    "pydantic",
+    "safetensors",
+    "scikit-learn",
+    "numpy",
+    "ffcv",
+)
 
 
 def pick_device(name: str | None = None) -> torch.device:
