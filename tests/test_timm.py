@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import safetensors.torch
@@ -82,29 +82,26 @@ def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float =
     assert error <= tolerance, f"{what}: relative error {error:.1e}"
 
 
-@pytest.fixture(scope="module")
-def networks() -> Callable[[str], LocalGraph]:
-    """Each network once for the module: nothing changes one."""
-    made: dict[str, LocalGraph] = {}
+class Network(NamedTuple):
+    """One of timm's by name, in units."""
 
-    def get(name: str) -> LocalGraph:
-        if name not in made:
-            made.clear()
-            made[name] = build(name)
-        return made[name]
-
-    return get
+    name: str
+    graph: LocalGraph
 
 
-@pytest.mark.parametrize("name", UNITS)
-def test_each_convolution_is_a_unit(name: str, networks: Callable[[str], LocalGraph]) -> None:
-    assert len(networks(name).units) == UNITS[name]
+@pytest.fixture(scope="module", params=UNITS)
+def network(request: pytest.FixtureRequest) -> Network:
+    """Built once for all tests that take it, which leave it as it was."""
+    return Network(request.param, build(request.param))
 
 
-@pytest.mark.parametrize("name", UNITS)
-def test_features_equal_timms(name: str, networks: Callable[[str], LocalGraph]) -> None:
+def test_each_convolution_is_a_unit(network: Network) -> None:
+    assert len(network.graph.units) == UNITS[network.name]
+
+
+def test_features_equal_timms(network: Network) -> None:
     """In evaluation mode, and in training mode with what it does to running statistics."""
-    graph, (images, labels) = networks(name), batch()
+    (name, graph), (images, labels) = network, batch()
     model = original(graph, name).eval()
     with torch.no_grad():
         assert_close(features(graph.eval(), images), model(images), "evaluation")
@@ -123,10 +120,9 @@ def test_features_equal_timms(name: str, networks: Callable[[str], LocalGraph]) 
         graph.load_state_dict(saved)
 
 
-@pytest.mark.parametrize("name", UNITS)
-def test_every_parameter_learns_in_one_unit(name: str, networks: Callable[[str], LocalGraph]) -> None:
+def test_every_parameter_learns_in_one_unit(network: Network) -> None:
     """Its gradient is finite and not zero, but for biases that a batch norm takes away again."""
-    graph = networks(name).train()
+    name, graph = network.name, network.graph.train()
     taught = [parameter for unit in graph.units for parameter in unit.parameters]
     assert sorted(taught) == sorted(f"backbone.{key}" for key, _ in graph.backbone.named_parameters())
     grads = graph.step(*batch()).grads
@@ -150,9 +146,8 @@ def assert_local(graph: LocalGraph, images: Tensor, labels: Tensor, at: int) -> 
         assert same == (index < at), unit.name
 
 
-@pytest.mark.parametrize("name", UNITS)
-def test_no_gradient_crosses_a_unit(name: str, networks: Callable[[str], LocalGraph]) -> None:
-    graph = networks(name).train()
+def test_no_gradient_crosses_a_unit(network: Network) -> None:
+    graph = network.graph.train()
     assert_local(graph, *batch(), at=len(graph.units) // 2)
 
 
