@@ -30,6 +30,9 @@ class Prediction(Component):
     def keep(self, index: int, num_units: int, activation: Tensor, output: Tensor) -> Tensor | None:
         """What the head needs of unit `index`, of shape (B, …), or None.
 
+        The place may decide whether there is something to keep, not how it is computed: units that are alike share a
+        compiled step.
+
         Args:
             index: the unit's place, from 0.
             num_units: how many units there are.

@@ -1,6 +1,6 @@
 """Compiled steps of single units, one for all units of a structure: a deep network compiles as fast as a short one."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, cast
 
@@ -36,28 +36,28 @@ class SharedSteps:
     """
 
     def __init__(self, graph: "LocalGraph", rule: LayerLocalRule, templates: Sequence[int]) -> None:
-        self._units, self._templates = graph.units, templates
+        self._templates = templates
+        self._names = [
+            dict(zip(_names(unit), _names(graph.units[template]), strict=True))
+            for unit, template in zip(graph.units, templates, strict=True)
+        ]
         self._steps: dict[int, Callable[..., UnitResult]] = {
             index: torch.compile(own_code(cast(MethodType, UnitStep(graph, rule, index).run)), fullgraph=True)
             for index in set(templates)
         }
 
     def __call__(self, index: int, own: Values, constants: Values, env: Values, labels: Tensor) -> UnitResult:
-        template = self._templates[index]
-        names = dict(zip(_names(self._units[index]), _names(self._units[template]), strict=True))
+        names = self._names[index]
         # Detached: a template's own tensors would be guarded as those of its modules, and other units' be refused.
         given = [{names[name]: x.detach() for name, x in values.items()} for values in (own, constants, env)]
-        found = self._steps[template](*given, labels)
+        found = self._steps[self._templates[index]](*given, labels)
         back = {theirs: ours for ours, theirs in names.items()}
-        return found._replace(
-            grads=_renamed(found.grads, back), made=_renamed(found.made, back), buffers=_renamed(found.buffers, back)
+        grads, made, buffers = (
+            {back[name]: x for name, x in values.items()} for values in (found.grads, found.made, found.buffers)
         )
+        return found._replace(grads=grads, made=made, buffers=buffers)
 
 
 def _names(unit: Unit) -> list[str]:
     """Of all tensors that enter or leave a unit's step, in an order that units of one structure share."""
     return [*unit.parameters, *unit.constants, *unit.reads, *unit.makes]
-
-
-def _renamed(values: Values, names: Mapping[str, str]) -> dict[str, Tensor]:
-    return {names[name]: value for name, value in values.items()}
