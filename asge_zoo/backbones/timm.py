@@ -121,7 +121,8 @@ def _start_norms_at_one(model: nn.Module) -> None:
 
 def _replace_stem(model: Any, in_channels: int) -> None:
     """One 3×3 convolution of stride 1, drawn as timm draws them, in the place of the stem's, and no pooling."""
-    model.conv1 = nn.Conv2d(in_channels, model.bn1.num_features, kernel_size=3, padding=1, bias=False)
+    *_, last = (module for module in model.conv1.modules() if isinstance(module, nn.Conv2d))
+    model.conv1 = nn.Conv2d(in_channels, last.out_channels, kernel_size=3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()
 

@@ -1,5 +1,6 @@
 """compile_spec: a spec becomes a LocalGraph."""
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -11,6 +12,7 @@ from asge_zoo.compiler.cut import cut
 from asge_zoo.compiler.structure import templates
 from asge_zoo.errors import SpecError
 from asge_zoo.graph.local_graph import LocalGraph
+from asge_zoo.graph.rule import LayerLocalRule
 from asge_zoo.graph.unit import Unit
 from asge_zoo.ops.goodness import MapShape
 from asge_zoo.seeding import keyed_generator, keyed_seed
@@ -29,7 +31,7 @@ def compile_spec(spec: Spec, *, device: str | torch.device = "cpu") -> LocalGrap
 
     Args:
         spec: what to build.
-        device: where to put it; `"meta"` builds shapes alone.
+        device: where to put it; `"meta"` builds shapes alone, and does not compare the units with the whole.
 
     Raises:
         SpecError: the spec's parts do not fit together; names the field.
@@ -44,14 +46,15 @@ def compile_spec(spec: Spec, *, device: str | torch.device = "cpu") -> LocalGrap
         torch.manual_seed(keyed_seed(seed, "weights"))
         with built_on:
             module = part.backbone.build(info.channels, pooling=part.pooling, norm=part.norm)
-        pieces, values = cut(module, image_shape, part.backbone.cutting(module))
+        whole = copy.deepcopy(module)
+        pieces = cut(module, image_shape, part.backbone.cutting(module))
         if device.type != "meta":
-            check_units(module, pieces, image_shape)
-        last = pieces[-1].channels
-        shapes = [MapShape(piece.channels, piece.height, piece.width, last_channels=last) for piece in pieces]
+            check_units(whole, module, pieces, image_shape)
+        last = pieces.units[-1].channels
+        shapes = [MapShape(piece.channels, piece.height, piece.width, last_channels=last) for piece in pieces.units]
         rule.check(shapes, num_classes)
         units, local = [], []
-        for index, (piece, shape) in enumerate(zip(pieces, shapes, strict=True)):
+        for index, (piece, shape) in enumerate(zip(pieces.units, shapes, strict=True)):
             partition, goodness_dim = rule.goodness_layout(shape, num_classes)
             classifier = rule.build_unit(shape, num_classes, keyed_generator(seed, "local", index))
             if classifier is not None:
@@ -61,7 +64,7 @@ def compile_spec(spec: Spec, *, device: str | torch.device = "cpu") -> LocalGrap
         torch.manual_seed(keyed_seed(seed, "head"))
         head = part.prediction.build(units, num_classes)
     kept = [
-        part.prediction.keep(index, len(units), values[unit.activation], values[unit.output])
+        part.prediction.keep(index, len(units), pieces.values[unit.activation], pieces.values[unit.output])
         for index, unit in enumerate(units)
     ]
     if rule.candidate_labels and (any(True for _ in head.parameters()) or any(each is not None for each in kept)):
@@ -69,7 +72,8 @@ def compile_spec(spec: Spec, *, device: str | torch.device = "cpu") -> LocalGrap
             f"prediction.kind: '{part.prediction.kind}' reads feature maps or has a head to train, and rule "
             f"'{rule.kind}', which runs the units once a candidate label, serves neither; choose best"
         )
-    deep = rule.layer_local and len(units) > UNITS_IN_ONE_GRAPH
+    shares = isinstance(rule, LayerLocalRule) and type(rule).unit_step is LayerLocalRule.unit_step
+    deep = shares and len(units) > UNITS_IN_ONE_GRAPH
     graph = LocalGraph(
         backbone=module,
         units=units,
@@ -80,7 +84,7 @@ def compile_spec(spec: Spec, *, device: str | torch.device = "cpu") -> LocalGrap
         num_classes=num_classes,
         precision=spec.train.precision,
         compile=spec.train.compile,
-        templates=templates(units, local, kept, values) if deep else (),
+        templates=templates(units, local, kept, pieces.values) if deep else (),
     )
     return graph.to(device)
 

@@ -1,6 +1,6 @@
 """Cutting a traced backbone into units."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -8,21 +8,27 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from asge_zoo.backbones.base import Cutting
-from asge_zoo.compiler.segments import Segment, common_name, crossing, segments
-from asge_zoo.compiler.trace import IS_BATCH, VALUE, multiply_accumulates, trace
+from asge_zoo.compiler.maps import activation_of, channels_last, last_of
+from asge_zoo.compiler.nodes import BATCH_SIZE, PREFIX, learns, owner_of, tensors_of, value_name
+from asge_zoo.compiler.segments import Segment, common_name, crossing, free_of_images, segments
+from asge_zoo.compiler.trace import BATCH, IS_BATCH, VALUE, multiply_accumulates, trace
 from asge_zoo.errors import SpecError
-from asge_zoo.graph.unit import INPUT, Attribute, Ref, Step, Unit
-from asge_zoo.ops.transfer import Transfer
+from asge_zoo.graph.unit import Attribute, Ref, Step, Unit
 
-PREFIX = "backbone."
 BY_CONVOLUTION = Cutting()
-BATCH_SIZE = "batch.size"  # no name that fx gives
 
 
 class Pieces(NamedTuple):
-    """A backbone cut into units, and every value's shape, strides and dtype: tensors on the meta device, by name."""
+    """A backbone cut into units.
+
+    Attributes:
+        units: in order.
+        answer: the value that the backbone gives.
+        values: every value's shape, strides and dtype, by name: tensors on the meta device.
+    """
 
     units: list[Unit]
+    answer: str
     values: dict[str, Tensor]
 
 
@@ -41,18 +47,18 @@ def cut(backbone: nn.Module, image_shape: tuple[int, int, int], cutting: Cutting
     modules = dict(backbone.named_modules())
     _fetch_where_used(graph)
     parts = segments(graph, modules, cutting)
-    _check(graph, parts, modules)
-    names = _unit_names(parts, cutting)
-    values = {_value_name(node): node.meta[VALUE] for node in graph.nodes if VALUE in node.meta}
-    units = []
-    for index, name in enumerate(names):
-        unit = _unit(index, name, parts, modules)
-        units.append(_with_map(unit, parts[index], modules, values))
-    return Pieces(units, values)
+    answer = _check(graph, parts, backbone, modules)
+    values = {value_name(node): node.meta[VALUE] for node in graph.nodes if VALUE in node.meta}
+    last = channels_last(graph, modules)
+    units = [
+        _with_maps(_unit(index, name, parts, modules), parts[index], modules, values, last)
+        for index, name in enumerate(_unit_names(parts, cutting))
+    ]
+    return Pieces(units, value_name(answer), values)
 
 
 def _fetch_where_used(graph: fx.Graph) -> None:
-    """Give each user of a parameter or buffer outside modules a fetch of its own, right before it."""
+    """Give each user of a tensor of the backbone's a fetch of its own; put what depends on no image before its user."""
     for node in [node for node in graph.nodes if node.op == "get_attr"]:
         for user in list(node.users):
             with graph.inserting_before(user):
@@ -60,6 +66,10 @@ def _fetch_where_used(graph: fx.Graph) -> None:
             own.meta = dict(node.meta)
             user.replace_input_with(node, own)
         graph.erase_node(node)
+    free = free_of_images(graph)
+    for node in reversed(graph.nodes):
+        if node in free and len(node.users) == 1:
+            next(iter(node.users)).prepend(node)
 
 
 def _unit_names(parts: Sequence[Segment], cutting: Cutting) -> list[str]:
@@ -78,62 +88,61 @@ def _unit_names(parts: Sequence[Segment], cutting: Cutting) -> list[str]:
 # What is refused.
 
 
-def _check(graph: fx.Graph, parts: list[Segment], modules: Mapping[str, nn.Module]) -> None:
-    """Refuse what can't be cut, and what no unit could teach."""
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+def _check(graph: fx.Graph, parts: list[Segment], backbone: nn.Module, modules: Mapping[str, nn.Module]) -> fx.Node:
+    """Refuse what can't be cut, and what no unit could teach; gives the backbone's answer."""
     answer = next(node for node in graph.nodes if node.op == "output").args[0]
-    if len(inputs) != 1 or not isinstance(answer, fx.Node) or not isinstance(answer.meta[VALUE], Tensor):
-        raise SpecError("backbone: must take images and nothing else, and give one tensor")
-    if not parts or not parts[0].convolutions:
+    if not isinstance(answer, fx.Node) or not isinstance(answer.meta[VALUE], Tensor):
+        raise SpecError("backbone: must give one tensor")
+    if not parts[0].convolutions:
         raise SpecError("backbone: holds no convolution, so there is nothing to cut into units")
-    taught: dict[str, Segment] = {}
+    owners: dict[int, tuple[int, str]] = {}
     for index, part in enumerate(parts):
-        _check_taught(part, modules, taught)
-        passed = crossing(parts, index) if index else []
-        if odd := [node for node in passed if not isinstance(node.meta[VALUE], Tensor)]:
-            raise SpecError(
-                f"backbone: '{odd[0].name}' is no tensor, and passes to unit '{part.convolutions[0]}' from the one "
-                f"before; compute it where it is used"
-            )
+        _check_taught(part, modules)
+        for name, tensor in _trained(part, modules).items():
+            if owners.setdefault(id(tensor), (index, name)) != (index, name):
+                name = name.removeprefix(PREFIX)
+                raise SpecError(f"backbone: '{name}' is used twice, and a parameter can belong to one unit only")
+        for node in crossing(parts, index) if index else ():
+            value = node.meta[VALUE]
+            if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != BATCH:
+                raise SpecError(
+                    f"backbone: '{node.name}', which has no image a row, passes to unit '{part.convolutions[0]}' from "
+                    f"the one before; compute it where it is used"
+                )
+    for name, tensor in backbone.named_parameters():
+        if tensor.requires_grad and id(tensor) not in owners:
+            raise SpecError(f"backbone: '{name}' is a parameter that nothing uses; leave it out")
+    return answer
 
 
-def _check_taught(part: Segment, modules: Mapping[str, nn.Module], taught: dict[str, Segment]) -> None:
-    """Each parameter of the segment must lead to its goodness, and be no other's in `taught`, where it is noted."""
-    learning = [node for node in part.nodes if _learns(node, modules)]
+def _check_taught(part: Segment, modules: Mapping[str, nn.Module]) -> None:
+    """All parameters of the segment must lead to its goodness."""
+    learning = [node for node in part.nodes if learns(node, modules)]
     if not part.convolutions:
         raise SpecError(
             f"backbone: '{learning[0].target}' learns behind the goodness of the last unit: nothing teaches it"
         )
-    seen = {_activation(part, modules)}
+    seen = {activation_of(part, modules)}
     for node in reversed(part.nodes):
         if node in seen:
             seen.update(node.all_input_nodes)
     for node in learning:
-        target = str(node.target)
         if node not in seen:
             raise SpecError(
-                f"backbone: '{target}' does not lead to what goodness reads of unit '{part.convolutions[0]}', so "
-                f"nothing teaches it; compute it later in the forward pass"
+                f"backbone: '{node.target}' does not lead to what goodness reads of unit '{part.convolutions[0]}', so "
+                f"nothing teaches it; cut it by blocks, or compute it later in the forward pass"
             )
-        if taught.setdefault(target, part) is not part:
-            raise SpecError(f"backbone: '{target}' is used twice, and a module can belong to one unit only")
+        if isinstance(modules.get(str(node.target)), nn.Linear) and node.meta[VALUE].ndim == 3:
+            raise SpecError(
+                f"backbone: '{node.target}' is a linear layer on tokens, of which no unit can be made; take a "
+                f"convolutional network"
+            )
 
 
-def _learns(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether an operation has parameters, or is one."""
-    if node.op == "get_attr":
-        owner, name = _owner(node, modules)
-        tensor = getattr(owner, name)
-        if not isinstance(tensor, nn.Parameter) and name not in dict(owner.named_buffers(recurse=False)):
-            raise SpecError(f"backbone: '{node.target}' is a tensor but no parameter or buffer; register it as one")
-        return isinstance(tensor, nn.Parameter)
-    return node.op == "call_module" and any(True for _ in modules[str(node.target)].parameters())
-
-
-def _owner(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[nn.Module, str]:
-    """The module that holds a fetched tensor, and the tensor's name there."""
-    path, _, name = str(node.target).rpartition(".")
-    return modules[path], name
+def _trained(part: Segment, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The segment's trainable parameters by the graph's names."""
+    tensors = {name: tensor for node in part.nodes for name, tensor in tensors_of(node, modules).items()}
+    return {name: x for name, x in tensors.items() if isinstance(x, nn.Parameter) and x.requires_grad}
 
 
 # A unit from its segment.
@@ -147,14 +156,13 @@ def _unit(index: int, name: str, parts: Sequence[Segment], modules: Mapping[str,
     needed_later = crossing(parts, index + 1) if index + 1 < len(parts) else []
     steps = [_step(node, modules) for node in part.nodes]
     if len(reads) < len(sources):
-        steps.insert(0, Step(BATCH_SIZE, "size", (Ref(_value_name(reads[0])), 0)))
+        steps.insert(0, Step(BATCH_SIZE, "size", (Ref(value_name(reads[0])), 0)))
     called = [node for node in part.nodes if node.op == "call_module"]
-    tensors = {name: tensor for node in part.nodes for name, tensor in _tensors(node, modules).items()}
-    trained = {name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter) and tensor.requires_grad}
+    tensors = dict.fromkeys(name for node in part.nodes for name in tensors_of(node, modules))
+    trained = _trained(part, modules)
     buffers = {
         f"{PREFIX}{node.target}.{name}" for node in called for name, _ in modules[str(node.target)].named_buffers()
     }
-    output = part.nodes[-1]
     return Unit(
         name=name,
         channels=0,
@@ -166,99 +174,61 @@ def _unit(index: int, name: str, parts: Sequence[Segment], modules: Mapping[str,
         constants=tuple(name for name in tensors if name not in trained),
         buffers=tuple(name for name in tensors if name in buffers),
         macs=sum(multiply_accumulates(node, modules) for node in part.nodes),
-        output_shape=tuple(output.meta[VALUE].shape[1:]),
+        output_shape=(),
         input_numel=sum(node.meta[VALUE][0].numel() for node in reads),
         steps=tuple(steps),
         activation="",
-        output=_value_name(output),
-        reads=tuple(_value_name(node) for node in reads),
-        makes=tuple(_value_name(node) for node in part.nodes if node in needed_later),
-        keeps=tuple(_value_name(node) for node in needed_later),
+        output="",
+        reads=tuple(value_name(node) for node in reads),
+        makes=tuple(value_name(node) for node in part.nodes if node in needed_later),
+        keeps=tuple(value_name(node) for node in needed_later),
     )
 
 
-def _with_map(unit: Unit, part: Segment, modules: Mapping[str, nn.Module], values: dict[str, Tensor]) -> Unit:
-    """The unit with the map that goodness reads, (B, C, H, W): brought into that form where it has another."""
-    node = _activation(part, modules)
-    value, name = node.meta[VALUE], _value_name(node)
-    steps = unit.steps
-    if value.ndim == 2:
-        steps += (Step(f"{name}_map", "reshape", (Ref(name), -1, value.shape[1], 1, 1)),)
-    elif value.ndim == 4 and _channels_last(node, modules):
-        steps += (Step(f"{name}_map", "permute", (Ref(name), 0, 3, 1, 2)),)
-    elif value.ndim != 4:
-        raise SpecError(f"backbone: unit '{unit.name}' gives no map of features, but {value.ndim} dimensions")
-    if len(steps) > len(unit.steps):
-        value = values[steps[-1].name] = steps[-1]({name: value}, None)
-    activation = steps[-1].name if len(steps) > len(unit.steps) else name
-    channels, height, width = value.shape[1:]
-    return replace(unit, steps=steps, activation=activation, channels=channels, height=height, width=width)
+def _with_maps(
+    unit: Unit, part: Segment, modules: Mapping[str, nn.Module], values: dict[str, Tensor], last: Set[fx.Node]
+) -> Unit:
+    """The unit with what goodness reads, (B, C, H, W), and what leaves it last, brought into that form where needed."""
+    steps = list(unit.steps)
 
+    def channels_first(node: fx.Node) -> str:
+        name = value_name(node)
+        if node not in last:
+            return name
+        if (first := f"{name}.first") not in values:
+            steps.append(Step(first, "permute", (Ref(name), 0, 3, 1, 2)))
+            values[first] = values[name].permute(0, 3, 1, 2)
+        return first
 
-def _channels_last(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a map (B, H, W, C) comes out of a linear layer, shape kept since."""
-    shape = node.meta[VALUE].shape
-    while isinstance(node.meta[VALUE], Tensor) and node.meta[VALUE].shape == shape and node.all_input_nodes:
-        if isinstance(modules.get(str(node.target)), nn.Linear):
-            return True
-        node = node.all_input_nodes[0]
-    return False
-
-
-def _activation(part: Segment, modules: Mapping[str, nn.Module]) -> fx.Node:
-    """What goodness reads: what enters the unit's transfer, or else what leaves the unit last, before it is pooled."""
-    for node in reversed(part.nodes):
-        if isinstance(modules.get(str(node.target)), Transfer) and node in part.dependent:
-            return node.all_input_nodes[0]
-    node = found = part.nodes[-1]
-    while not _learns(node, modules) and len(node.all_input_nodes) == 1:
-        (source,) = node.all_input_nodes
-        if source not in part.dependent or not _pools(source, node, modules):
-            break
-        node = source
-        found = node if isinstance(node.meta[VALUE], Tensor) else found
-    return found
-
-
-def _pools(source: fx.Node, node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether an operation makes a map smaller and no more: pools, flattens or splits it, or leaves it as it is."""
-    before, after = source.meta[VALUE], node.meta[VALUE]
-    if node.op == "call_module" and isinstance(modules[str(node.target)], (nn.Identity, nn.Dropout)):
-        return True
-    if isinstance(before, tuple) or isinstance(after, tuple):
-        return True
-    if before.ndim != 4:
-        return False
-    flattens = after.ndim == 2 and after.numel() == before.numel()
-    return flattens or (after.numel() < before.numel() and after.shape[:2] == before.shape[:2])
+    output, activation = channels_first(last_of(part)), channels_first(activation_of(part, modules))
+    if values[activation].ndim == 2:
+        flat, activation = activation, f"{activation}.map"
+        steps.append(Step(activation, "reshape", (Ref(flat), -1, values[flat].shape[1], 1, 1)))
+        values[activation] = values[flat][:, :, None, None]
+    if values[activation].ndim != 4:
+        raise SpecError(f"backbone: unit '{unit.name}' gives no map, but {values[activation].ndim} dimensions")
+    channels, height, width = values[activation].shape[1:]
+    return replace(
+        unit,
+        steps=tuple(steps),
+        activation=activation,
+        output=output,
+        output_shape=tuple(values[output].shape[1:]),
+        channels=channels,
+        height=height,
+        width=width,
+    )
 
 
 def _step(node: fx.Node, modules: Mapping[str, nn.Module]) -> Step:
     def reference(argument: Any) -> Any:
-        return cast(Any, map_arg)(argument, lambda source: Ref(_value_name(source)))
+        return cast(Any, map_arg)(argument, lambda source: Ref(value_name(source)))
 
-    tensors = tuple((name[name.rindex(".") + 1 :], name) for name in _tensors(node, modules))
+    tensors = tuple((name[name.rindex(".") + 1 :], name) for name in tensors_of(node, modules))
     args, kwargs = tuple(reference(node.args)), dict(reference(node.kwargs))
     if node.op == "get_attr":
-        return Step(node.name, Attribute(*_owner(node, modules)), tensors=tensors)
+        return Step(node.name, Attribute(*owner_of(node, modules)), tensors=tensors)
     if node.op == "call_module":
         module, prefix = modules[str(node.target)], f"{PREFIX}{node.target}."
         return Step(node.name, module, args, kwargs, tuple((name.removeprefix(prefix), name) for _, name in tensors))
     return Step(node.name, cast(Any, node.target), args, kwargs)
-
-
-def _tensors(node: fx.Node, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """A module's parameters and buffers, or a fetched one, by the graph's names."""
-    if node.op == "get_attr":
-        owner, name = _owner(node, modules)
-        return {f"{PREFIX}{node.target}": getattr(owner, name)}
-    if node.op != "call_module":
-        return {}
-    module = modules[str(node.target)]
-    return {f"{PREFIX}{node.target}.{name}": x for name, x in (*module.named_parameters(), *module.named_buffers())}
-
-
-def _value_name(node: fx.Node) -> str:
-    if IS_BATCH in node.meta:
-        return BATCH_SIZE
-    return INPUT if node.op == "placeholder" else node.name

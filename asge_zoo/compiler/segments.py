@@ -8,7 +8,7 @@ units joined.
 """
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import takewhile
 
@@ -16,7 +16,9 @@ import torch
 from torch import fx, nn
 
 from asge_zoo.backbones.base import Cutting
+from asge_zoo.compiler.nodes import learns
 from asge_zoo.compiler.trace import IS_BATCH, is_convolution
+from asge_zoo.errors import SpecError
 from asge_zoo.ops.transfer import Transfer
 
 PRODUCTS = (operator.mul, torch.mul, torch.multiply, "mul", "multiply")
@@ -33,9 +35,13 @@ class Segment:
 
 
 def segments(graph: fx.Graph, modules: Mapping[str, nn.Module], cutting: Cutting) -> list[Segment]:
-    """The graph's operations by unit, in order; whatever fetches a tensor must stand right before what uses it."""
+    """The graph's operations by unit, in order; what depends on no image must stand right before what uses it.
+
+    Raises:
+        SpecError: there are no blocks or stages to cut into.
+    """
     single = _by_convolution(graph, modules)
-    if cutting.by == "conv" or not single:
+    if cutting.by == "conv" or len(single) == 1:
         return single
     ends = None if cutting.by == "block" else _ends(single, cutting.stages)
     groups, place, last_cut = [[single[0]]], len(single[0].nodes), 0
@@ -46,6 +52,8 @@ def segments(graph: fx.Graph, modules: Mapping[str, nn.Module], cutting: Cutting
             last_cut = place
         groups[-1].append(segment)
         place += len(segment.nodes)
+    if len(groups) == 1:
+        raise SpecError(f"backbone: has no {cutting.by}s, between which a single tensor passes; cut it by convolution")
     return [_joined(group) for group in groups]
 
 
@@ -71,27 +79,26 @@ def convolution_name(node: fx.Node) -> str:
 
 
 def _by_convolution(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> list[Segment]:
-    found: list[Segment] = []
-    fetched: list[fx.Node] = []  # tensors for the operation that comes next
+    found = [Segment()]
+    free = free_of_images(graph)
+    waiting: list[fx.Node] = []  # of these, what the next operation uses
     for node in graph.nodes:
         if node.op in ("placeholder", "output") or IS_BATCH in node.meta:
             continue
-        if node.op == "get_attr":
-            fetched.append(node)
+        if node in free:
+            waiting.append(node)
             continue
-        if not found:
-            found.append(Segment())
         module = modules.get(str(node.target)) if node.op == "call_module" else None
         depends = any(source in found[-1].dependent for source in node.all_input_nodes)
         convolves = is_convolution(node, modules)
-        learns = module is not None and any(True for _ in module.parameters())
         behind = found[-1].transferred or isinstance(module, Transfer)
-        if depends and ((convolves and not _gates(node)) or (behind and learns)):
+        opens = (convolves and not _gates(node, found[-1].dependent)) or (behind and learns(node, modules))
+        if depends and opens:
             found.append(Segment())
             depends = False
         current = found[-1]
-        current.nodes += [*fetched, node]
-        fetched = []
+        current.nodes += [*waiting, node]
+        waiting = []
         if convolves and not (depends and current.convolutions):
             current.convolutions.append(convolution_name(node))
         if depends or convolves:
@@ -101,14 +108,23 @@ def _by_convolution(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> list[S
     return found
 
 
-def _gates(convolution: fx.Node) -> bool:
-    """Whether its result, through single users, multiplies a value that it was computed from."""
+def free_of_images(graph: fx.Graph) -> set[fx.Node]:
+    """The values that are parameters or buffers, or computed from such alone."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        sources = node.all_input_nodes
+        if node.op == "get_attr" or (node.op != "output" and sources and found.issuperset(sources)):
+            found.add(node)
+    return found
+
+
+def _gates(convolution: fx.Node, dependent: Set[fx.Node]) -> bool:
+    """Whether its result, through single users, multiplies a value of the open unit that it was computed from."""
     node = convolution
     while len(node.users) == 1:
         (user,) = node.users
-        if user.target in PRODUCTS and any(
-            _leads_to(source, convolution) for source in user.all_input_nodes if source is not node
-        ):
+        others = [source for source in user.all_input_nodes if source is not node and source in dependent]
+        if user.target in PRODUCTS and any(_leads_to(source, convolution) for source in others):
             return True
         node = user
     return False
@@ -141,5 +157,4 @@ def _joined(group: Sequence[Segment]) -> Segment:
         nodes=[node for segment in group for node in segment.nodes],
         convolutions=[name for segment in group for name in segment.convolutions],
         dependent=set().union(*(segment.dependent for segment in group)),
-        transferred=group[-1].transferred,
     )

@@ -12,17 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
+from torch.fx.proxy import TraceError
 
 from asge_zoo.errors import SpecError
 from asge_zoo.ops.transfer import Transfer
 
-BATCH = 7  # images while tracing: a size that little else has by chance
+BATCH = 100_003  # images while tracing, which costs nothing: a size that nothing else has by chance
 VALUE = "value"  # under which a node's meta has what it is, on the meta device
 IS_BATCH = "is_batch"  # whether it is the size of a batch
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 FUNCTIONAL_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
-IN_PLACE = {getattr(operator, f"i{name}"): getattr(operator, name) for name in ("add", "sub", "mul", "truediv")}
+OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul")
+IN_PLACE = {getattr(operator, f"i{name}"): getattr(operator, name) for name in OPERATORS}
 
 
 class ShapedProxy(fx.Proxy):
@@ -59,6 +61,8 @@ class UnitTracer(fx.Tracer):
     So flags (training or not), asserts and buffer updates stay inside modules, and nothing is baked in.
     """
 
+    proxy_buffer_attributes = True
+
     def __init__(self, module: nn.Module, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
         self.image_shape = image_shape
@@ -66,6 +70,9 @@ class UnitTracer(fx.Tracer):
         self.tensors = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
         self.batch: fx.Proxy | None = None
         self.computes = False  # a value, in which modules are called as ever
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        return root_fn, [self.root, self.create_proxy("placeholder", "images", (), {})]  # all else by its default
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         apart = (*CONVOLUTIONS, nn.Linear, Transfer)
@@ -90,14 +97,12 @@ class UnitTracer(fx.Tracer):
     def sizes(self, proxy: fx.Proxy) -> tuple[Any, ...]:
         """A value's shape, but for the size of the batch, which is traced."""
         shape = tuple(proxy.node.meta[VALUE].shape)
-        if proxy.node.op == "get_attr" or not shape:
+        if BATCH not in shape:
             return shape
-        if shape[0] != BATCH:
-            return (self.create_proxy("call_method", "size", (proxy, 0), {}), *shape[1:])
         if self.batch is None:  # one for all, so that shapes can be compared
             self.batch = self.create_proxy("call_method", "size", (self.images, 0), {})
             self.batch.node.meta[IS_BATCH] = True
-        return (self.batch, *shape[1:])
+        return tuple(self.batch if size == BATCH else size for size in shape)
 
     def _value(self, node: fx.Node) -> Any:
         """What a node is, on the meta device."""
@@ -115,20 +120,22 @@ class UnitTracer(fx.Tracer):
                     return self.twin.get_submodule(target)(*args, **kwargs)
                 function = operator.methodcaller(target, *args[1:], **kwargs) if node.op == "call_method" else None
                 return function(args[0]) if function else target(*args, **kwargs)
-        except (RuntimeError, ValueError) as error:
-            size = "×".join(map(str, self.image_shape))
-            raise SpecError(f"backbone: does not take images of {size} ({str(error).splitlines()[0]})") from error
+        except (RuntimeError, ValueError, IndexError) as error:
+            size, (reason, *_) = "×".join(map(str, self.image_shape)), str(error).splitlines() or ["no reason given"]
+            raise SpecError(f"backbone: does not take images of {size} ({reason})") from error
         finally:
             self.computes = False
 
 
 def _out_of_place(kind: str, target: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """An operation that leaves its arguments as they are: they may be another unit's."""
-    if kind == "call_method" and target.endswith("_") and not target.endswith("__"):
-        target = target.rstrip("_")
-    return IN_PLACE.get(target, target) if kind == "call_function" else target, {
-        name: False if name == "inplace" else value for name, value in kwargs.items()
-    }
+    name = target if kind == "call_method" else getattr(target, "__name__", "")
+    if kind == "call_function":
+        target = IN_PLACE.get(target, target)
+    if name.endswith("_") and not name.endswith("__"):
+        plain = name[:-1]
+        target = plain if kind == "call_method" else getattr(torch, plain, getattr(F, plain, target))
+    return target, {key: False if key == "inplace" else value for key, value in kwargs.items()}
 
 
 def trace(module: nn.Module, image_shape: tuple[int, int, int]) -> fx.Graph:
@@ -149,10 +156,9 @@ def trace(module: nn.Module, image_shape: tuple[int, int, int]) -> fx.Graph:
     except SpecError:
         raise
     except Exception as error:  # whatever a forward pass raises that meets a proxy where it knows tensors
-        raise SpecError(
-            f"backbone: can't be traced into units ({' '.join(str(error).split())}); a branch may depend on shapes, "
-            f"not on values"
-        ) from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        hint = "; a branch may depend on shapes, not on values" if isinstance(error, TraceError) else ""
+        raise SpecError(f"backbone: can't be traced into units ({reason}){hint}") from error
     for node in list(graph.nodes):
         if node.target is operator.getitem and not isinstance(node.args[0].meta[VALUE], Tensor):
             node.args[0].append(node)  # parts of a tuple stand behind it: a unit passes on tensors, and no tuples

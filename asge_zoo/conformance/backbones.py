@@ -1,5 +1,7 @@
 """What backbones promise."""
 
+import copy
+
 import torch
 
 from asge_zoo.compiler.cut import cut
@@ -34,13 +36,13 @@ def cuts_into_units(subject: Subject) -> None:
     """Units, each with parameters, that compute what the whole computes."""
     for shape, example in zip(sizes(subject), backbones(subject), strict=True):
         whole = example.build(0).eval()
-        units = cut(whole, shape, subject.make().cutting(whole)).units
+        units, answer, _ = cut(copy.deepcopy(whole), shape, subject.make().cutting(whole))
         values = {INPUT: example.x}
         with torch.no_grad():
             for unit in units:
                 expect(bool(unit.parameters), f"{example.what}: unit '{unit.name}' has no parameters")
                 values = unit.run(values)
-            found, expected = values[units[-1].output], whole(example.x)
+            found, expected = values[answer], whole(example.x)
         is_features = found.ndim in (2, 4)
         expect(is_features, f"{example.what}: the answer is {size(found.shape)}, neither a map (B, C, H, W) nor (B, C)")
         expect(bool(found.isfinite().all()), f"{example.what}: the answer is not finite")

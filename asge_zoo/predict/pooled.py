@@ -54,7 +54,7 @@ class PooledPrediction(Prediction):
             return None
         x = activation if self.features == "activation" else output
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return x.mean((2, 3)) if x.ndim == 4 else x  # a backbone may pool globally itself
+        return x.flatten(2).mean(2) if x.ndim > 2 else x  # a backbone may pool globally itself
 
     def logits(self, head: Callable[..., Tensor], kept: list[Tensor], unit_logits: Sequence[Tensor]) -> Tensor:
         return head(*kept)
