@@ -151,6 +151,13 @@ def test_no_gradient_crosses_a_unit(network: Network) -> None:
     assert_local(graph, *batch(), at=len(graph.units) // 2)
 
 
+def test_norms_start_where_the_spec_says() -> None:
+    """The last one's of a branch, too."""
+    for weight in (1.0, 0.2):
+        norms = [m for m in build(norm_weight=weight, **NARROW).backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert len(norms) > 16 and all((norm.weight == weight).all() for norm in norms)
+
+
 # Blocks and stages.
 
 
@@ -330,7 +337,8 @@ def test_explain_says_how_many_graphs(name: str, rule: str, graphs: int) -> None
         (["pooling.kind=avg"], "pooling.kind: 'avg' with its options would not be used"),
         (["backbone.stem=cifar", "backbone.pooling=spec"], "backbone.pooling: stem 'cifar' does not pool"),
         (["backbone.name=resnet26d", "backbone.norm=spec"], "backbone.norm: 'spec' needs a stem of one convolution"),
-        (["backbone.name=ghostnet_100"], "backbone: "),
+        (["backbone.norm=spec", "backbone.stem=cifar", "backbone.norm_weight=0.5"], "backbone.norm_weight: with norm"),
+        (["backbone.name=ghostnet_100"], "backbone: 'blocks.1.0.ghost2.cheap_operation.0' does not lead to"),
         (["backbone.name=resnet50_gn", "backbone.width=0.1"], "backbone.name: timm can't make 'resnet50_gn' so"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -44,6 +44,9 @@ class Timm(Backbone):
         default="keep",
         description="Batch norm behind every convolution, or none and the spec's norm behind every unit's goodness.",
     )
+    norm_weight: PositiveFloat = Field(
+        default=1.0, description="What its norms' weights start at; small ones keep the first losses small, as in VGG."
+    )
     pooling: Literal["keep", "spec"] = Field(
         default="keep", description="The stem's max pooling, or the spec's pooling over 2×2 pixels."
     )
@@ -62,6 +65,8 @@ class Timm(Backbone):
             )
         if self.pooling == "spec" and self.stem == "cifar":
             raise SpecError("backbone.pooling: stem 'cifar' does not pool; leave it out, or take stem 'imagenet'")
+        if self.norm == "spec" and self.norm_weight != 1:
+            raise SpecError("backbone.norm_weight: with norm 'spec' there are no such norms; leave it out")
         for field, component, default in (("norm", norm, LayerNorm()), ("pooling", pooling, RMS())):
             if getattr(self, field) == "keep" and component != default:
                 raise SpecError(
@@ -79,7 +84,7 @@ class Timm(Backbone):
             raise SpecError(
                 f"backbone.name: timm can't make '{self.name}' so ({reason}); change its options"
             ) from error
-        _start_norms_at_one(model)
+        _start_norms(model, self.norm_weight)
         if self.stem == "cifar":
             _replace_stem(model, in_channels)
         if (self.norm, self.pooling) == ("keep", "keep"):
@@ -111,12 +116,11 @@ class Timm(Backbone):
         return [field for field, value in own.items() if getattr(self, field) != value]
 
 
-def _start_norms_at_one(model: nn.Module) -> None:
-    """Undo timm's zeros in a residual branch's last norm: its convolutions would get no local gradient from them."""
+def _start_norms(model: nn.Module, weight: float) -> None:
+    """Not at timm's zeros in a residual branch's last norm: its convolutions would get no local gradient from them."""
     for module in model.modules():
-        weight = module.weight if isinstance(module, NORMS) else None
-        if weight is not None and not weight.is_meta and not weight.any():
-            nn.init.ones_(weight)
+        if isinstance(module, NORMS) and module.weight is not None:
+            nn.init.constant_(module.weight, weight)
 
 
 def _replace_stem(model: Any, in_channels: int) -> None:

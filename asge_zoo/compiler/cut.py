@@ -67,7 +67,7 @@ def _fetch_where_used(graph: fx.Graph) -> None:
             user.replace_input_with(node, own)
         graph.erase_node(node)
     free = free_of_images(graph)
-    for node in reversed(graph.nodes):
+    for node in reversed(list(graph.nodes)):  # which is changed on the way
         if node in free and len(node.users) == 1:
             next(iter(node.users)).prepend(node)
 
