@@ -20,6 +20,7 @@ COMMAND_LINE = {
     "explain": "SPEC --set --json",
     "schema": "--json",
     "ls": "WHAT --data-root --json",
+    "export": "RUN --timm --json",
     "verify": "PATH --json",
     "doctor": "--data-root --json",
     "plugins check": "NAME --json",

@@ -333,6 +333,7 @@ def test_explain_says_how_many_graphs(name: str, rule: str, graphs: int) -> None
         (["backbone.name=densenet121", "backbone.stem=cifar"], "backbone.stem: is for timm's ResNets"),
         (["backbone.name=vgg11_bn", "backbone.width=0.5"], "backbone.width: is for timm's ResNets"),
         (["backbone.name=vit_tiny_patch16_224"], "backbone"),
+        (["data.size=16"], "backbone.kind: timm needs images of at least 32 pixels a side"),
         (["norm.kind=rms"], "norm.kind: 'rms' with its options would not be used"),
         (["pooling.kind=avg"], "pooling.kind: 'avg' with its options would not be used"),
         (["backbone.stem=cifar", "backbone.pooling=spec"], "backbone.pooling: stem 'cifar' does not pool"),

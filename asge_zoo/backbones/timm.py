@@ -110,6 +110,10 @@ class Timm(Backbone):
         info: Any = getattr(module, "feature_info", ())
         return Cutting(self.cut, tuple(stage["module"] for stage in info))
 
+    def min_size(self) -> int:
+        """So that no convolution of stride 2 meets a single pixel, where torch's bfloat16 gradients are wrong (CPU)."""
+        return 8 if self.stem == "cifar" else 32
+
     def replaced(self) -> list[str]:
         """Of `stem`, `norm` and `pooling`, those that are not timm's own."""
         own = {"stem": "imagenet", "norm": "keep", "pooling": "keep"}
