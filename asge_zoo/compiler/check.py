@@ -53,8 +53,8 @@ def check_spec(spec: Spec) -> None:
     info, smallest = data.info(), backbone.min_size()
     if min(info.height, info.width) < smallest:
         raise SpecError(
-            f"backbone.kind: {backbone.kind} needs images of at least {smallest} pixels a side for its pools and strides, and "
-            f"{data.kind} gives {info.height}×{info.width}; set data.size to {smallest} or more"
+            f"backbone.kind: {backbone.kind} needs images of at least {smallest} pixels a side for its pools and "
+            f"strides, and {data.kind} gives {info.height}×{info.width}; set data.size to {smallest} or more"
         )
     if (prediction.uses_unit_logits or prediction.exits_early) and not rule.layer_local:
         raise SpecError(
