@@ -150,7 +150,7 @@ def trace(module: nn.Module, image_shape: tuple[int, int, int]) -> fx.Graph:
     """
     for inner in module.modules():
         if getattr(inner, "inplace", False) is True:
-            setattr(inner, "inplace", False)  # noqa: B010
+            setattr(inner, "inplace", False)  # noqa: B010, a type checker knows no such attribute
     try:
         graph = UnitTracer(module, image_shape).trace(module)
     except SpecError:
