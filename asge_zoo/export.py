@@ -6,7 +6,7 @@ from typing import Any
 
 from asge_zoo.backbones.timm import Timm
 from asge_zoo.compiler.check import parts
-from asge_zoo.compiler.cut import PREFIX
+from asge_zoo.compiler.nodes import PREFIX
 from asge_zoo.engine.checkpoint import pack
 from asge_zoo.engine.files import WriteError, write_file
 from asge_zoo.engine.loading import find_checkpoint, load_checkpoint

@@ -10,7 +10,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import Said
+from conftest import Said, TrainedRun
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -388,7 +388,7 @@ def test_export(run: Path, tmp_path: Path, cli: Callable[..., Said]) -> None:
 
 
 def test_export_refuses_what_timm_would_compute_otherwise(
-    run: Path, trained: Any, tmp_path: Path, cli: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+    run: Path, trained: TrainedRun, tmp_path: Path, cli: Callable[..., Said]
 ) -> None:
     file = tmp_path / "backbone.safetensors"
     said = cli("export", trained.folder, "--timm", file)
