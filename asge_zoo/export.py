@@ -8,9 +8,9 @@ from asge_zoo.backbones.timm import Timm
 from asge_zoo.compiler.check import parts
 from asge_zoo.compiler.nodes import PREFIX
 from asge_zoo.engine.checkpoint import pack
-from asge_zoo.engine.files import WriteError, write_file
 from asge_zoo.engine.loading import find_checkpoint, load_checkpoint
 from asge_zoo.errors import CheckpointError, SpecError
+from asge_zoo.files import WriteError, write_file
 
 
 def export_timm(path: str | Path, file: Path) -> dict[str, Any]:

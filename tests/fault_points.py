@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from asge_zoo.engine import files
+from asge_zoo import files
 
 CALLS = ("fsync", "mkdir", "rename", "replace", "rmdir", "symlink", "truncate", "unlink")
 

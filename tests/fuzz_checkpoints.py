@@ -36,7 +36,7 @@ from tiny import tiny_spec
 from asge_zoo.cli.main import run
 from asge_zoo.engine import train as engine
 from asge_zoo.engine.checkpoint import pack
-from asge_zoo.engine.files import json_bytes
+from asge_zoo.files import json_bytes
 
 SPEC = tiny_spec("train.epochs=3", "train.checkpoint.every_steps=5")
 SLOW = 10.0  # seconds

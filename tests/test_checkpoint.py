@@ -19,8 +19,8 @@ from fuzz_checkpoints import with_fitting_manifest
 from tiny import tiny_spec
 from torch import Tensor
 
+from asge_zoo import files
 from asge_zoo.compiler.build import compile_spec
-from asge_zoo.engine import files
 from asge_zoo.engine.checkpoint import check_files, pack
 from asge_zoo.engine.keeper import CheckpointKeeper
 from asge_zoo.engine.loading import all_checkpoints, find_checkpoint, load, load_checkpoint

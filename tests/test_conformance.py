@@ -32,6 +32,7 @@ from asge_zoo.ops.transfer import Transfer
 from asge_zoo.plugins import GROUPS
 from asge_zoo.predict.best import Best
 from asge_zoo.predict.last import Last
+from asge_zoo.ranks import ALONE, Shard
 from asge_zoo.registry import Component, Options, components
 from asge_zoo.rules.asge import ASGE
 from asge_zoo.rules.bp import BP
@@ -443,8 +444,8 @@ class Own(Digits):
     api_version: ClassVar[int] = 1
     spoilt: ClassVar[type[MemoryLoader]] = MemoryLoader
 
-    def loader(self, root: Path, *, seed: int, device: torch.device) -> MemoryLoader:
-        loader = super().loader(root, seed=seed, device=device)
+    def loader(self, root: Path, *, seed: int, device: torch.device, shard: Shard = ALONE) -> MemoryLoader:
+        loader = super().loader(root, seed=seed, device=device, shard=shard)
         loader.__class__ = self.spoilt
         return loader
 

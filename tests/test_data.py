@@ -11,8 +11,8 @@ import torch
 import torchvision.datasets
 from torch import Tensor
 
-from asge_zoo.data.augment import augment_batch, random_crop
-from asge_zoo.data.base import Augment, Batch, DatasetInfo, Images, Loader, data_root
+from asge_zoo.data.augment import Augment, augment_batch
+from asge_zoo.data.base import Batch, DatasetInfo, Images, Loader, data_root
 from asge_zoo.data.digits import Digits
 from asge_zoo.data.memory import MemoryDataset, MemoryLoader
 from asge_zoo.data.torchvision_sets import CIFAR10, MNIST, FashionMNIST, TorchvisionSet
@@ -210,7 +210,7 @@ def test_random_crop_against_a_loop(padding: int, shape: tuple[int, int, int], d
     image = torch.arange(1, 1 + shape[0] * shape[1] * shape[2]).reshape(shape).to(dtype)
     copies = image.expand(count, *shape).clone()
     copies[1::2] += 100
-    cropped = random_crop(copies, padding, seeded(3))
+    cropped = augment_batch(copies, Augment(crop_padding=padding), seeded(3), batch_size=count)
     assert (cropped.shape, cropped.dtype) == (copies.shape, dtype)
     drawn: Counter[tuple[int, int]] = Counter()
     windows = {
@@ -230,7 +230,7 @@ def test_random_crop_against_a_loop(padding: int, shape: tuple[int, int, int], d
 def test_flip_is_a_mirror_half_of_the_time() -> None:
     """Left and right swapped, image by image, and nothing else."""
     images = torch.randint(256, (400, 2, 3, 4), generator=seeded(4)).to(torch.uint8)
-    result = augment_batch(images, Augment(flip=True), seeded(5))
+    result = augment_batch(images, Augment(flip=True), seeded(5), batch_size=400)
     mirrored = images[:, :, :, [3, 2, 1, 0]]
     flipped = [torch.equal(after, mirror) for after, mirror in zip(result, mirrored, strict=True)]
     kept = [torch.equal(after, before) for after, before in zip(result, images, strict=True)]
@@ -242,7 +242,7 @@ def test_no_augmentation_changes_nothing() -> None:
     """Neither images nor the generator."""
     images = torch.randint(256, (4, 1, 3, 3), generator=seeded(6)).to(torch.uint8)
     generator = seeded(7)
-    assert torch.equal(augment_batch(images, Augment(), generator), images)
+    assert torch.equal(augment_batch(images, Augment(), generator, batch_size=4), images)
     assert torch.equal(generator.get_state(), seeded(7).get_state())
 
 
@@ -336,7 +336,7 @@ def test_stored_sets(kind: type[TorchvisionSet], by_class: list[int], monkeypatc
         dataset.validation,
         info.test_count,
     )
-    assert loader.steps() == (info.train_count - dataset.validation) // 128
+    assert info.train_count and loader.steps() == (info.train_count - dataset.validation) // 128
 
 
 def write_idx(path: Path, values: Tensor, *, claimed: int | None = None) -> None:

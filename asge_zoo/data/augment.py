@@ -2,33 +2,47 @@
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
-from asge_zoo.data.base import Augment
+from asge_zoo.ranks import ALONE, Shard
+from asge_zoo.registry import Options
 
 
-def augment_batch(images: Tensor, options: Augment, generator: torch.Generator) -> Tensor:
-    """Augment a batch; every image draws its own crop and flip.
+class Augment(Options):
+    """Random changes to training images."""
+
+    crop_padding: NonNegativeInt = Field(default=0, description="Zero padding, in pixels, before a random crop.")
+    flip: bool = Field(default=False, description="Horizontal flip, half of the time.")
+
+
+def augment_batch(
+    images: Tensor, options: Augment, generator: torch.Generator, *, batch_size: int, shard: Shard = ALONE
+) -> Tensor:
+    """Augment a batch, or a rank's part of it; every image draws its own crop and flip.
 
     Args:
-        images: (B, C, H, W), any dtype.
+        images: (b, C, H, W), any dtype.
         options: what to do.
         generator: a CPU generator, so that every device gets the same draws.
+        batch_size: B, images in the whole batch, which the draws are made for.
+        shard: the part that `images` are.
 
     Returns:
-        (B, C, H, W), dtype and device of `images`.
+        (b, C, H, W), dtype and device of `images`.
     """
     if options.crop_padding:
-        images = random_crop(images, options.crop_padding, generator)
+        corners = torch.randint(2 * options.crop_padding + 1, (2, batch_size), generator=generator)
+        images = padded_crop(images, options.crop_padding, *(shard.of(corner) for corner in corners))
     if options.flip:
-        flipped = torch.rand(len(images), generator=generator) < 0.5
+        flipped = shard.of(torch.rand(batch_size, generator=generator) < 0.5)
         images = torch.where(flipped.to(images.device)[:, None, None, None], images.flip(3), images)
     return images
 
 
-def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """Zero-pad (B, C, H, W) on all sides and cut a window of the same size at a random place per image."""
-    batch, _, height, width = images.shape
+def padded_crop(images: Tensor, padding: int, top: Tensor, left: Tensor) -> Tensor:
+    """Zero-pad (b, C, H, W) on all sides and cut a window of the same size at each image's `top`, `left`, both (b,)."""
+    _, _, height, width = images.shape
     windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
-    top, left = torch.randint(2 * padding + 1, (2, batch), generator=generator).to(images.device)
-    return windows[torch.arange(batch, device=images.device), :, top, left]
+    rows = torch.arange(len(images), device=images.device)
+    return windows[rows, :, top.to(images.device), left.to(images.device)]

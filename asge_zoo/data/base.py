@@ -8,18 +8,12 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from asge_zoo.errors import DataError, SpecError
-from asge_zoo.registry import Component, Options
-
-
-class Augment(Options):
-    """Random changes to training images."""
-
-    crop_padding: NonNegativeInt = Field(default=0, description="Zero padding, in pixels, before a random crop.")
-    flip: bool = Field(default=False, description="Horizontal flip, half of the time.")
+from asge_zoo.ranks import ALONE, Shard
+from asge_zoo.registry import Component
 
 
 @dataclass(frozen=True)
@@ -29,7 +23,7 @@ class DatasetInfo:
     Attributes:
         classes: names, in the order of the labels.
         channels, height, width: of an image as the network gets it.
-        train_count, test_count: images; validation images are among the first.
+        train_count, test_count: images; validation images are among the first. None: known once they are read.
         mean, std: per channel, of pixel values in 0 to 1.
     """
 
@@ -37,8 +31,8 @@ class DatasetInfo:
     channels: int
     height: int
     width: int
-    train_count: int
-    test_count: int
+    train_count: int | None
+    test_count: int | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -66,11 +60,14 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Loader(Protocol):
-    """Batches of a split: images (B, C, H, W), float32, normalised, and labels (B,), on the device."""
+    """Batches of a split: images (B, C, H, W), float32, normalised, and labels (B,), on the device.
+
+    Each of several ranks gets its part of every batch, and of every split, and no image is ever repeated.
+    """
 
     @property
     def batch_size(self) -> int:
-        """Images in a training batch."""
+        """Images in a training batch, of all ranks together."""
         ...
 
     def steps(self) -> int:
@@ -95,15 +92,14 @@ class Dataset(Component):
         default=5000, description="Training images held out for selection; the test images never select anything."
     )
     batch_size: PositiveInt = Field(default=128, description="Images in a training step.")
-    augment: Augment = Field(default=Augment(), description="Random changes to training images.")
 
     @abstractmethod
     def info(self) -> DatasetInfo:
         """What the dataset holds, without reading it."""
 
     @abstractmethod
-    def loader(self, root: Path, *, seed: int, device: torch.device) -> Loader:
-        """Read the dataset from under `root` and split it by `seed`.
+    def loader(self, root: Path, *, seed: int, device: torch.device, shard: Shard = ALONE) -> Loader:
+        """Read the dataset from under `root`, split it by `seed`, and serve this rank's part.
 
         Raises:
             DataError: it is missing and can't be downloaded, or it can't be read.
@@ -120,11 +116,15 @@ class Dataset(Component):
             SpecError: with the field to change.
         """
         info = self.info()
-        left = info.train_count - self.validation
+        if info.train_count is not None:
+            self.check_counts(info.train_count)
+
+    def check_counts(self, train_count: int) -> None:
+        """`check`, by a number of training images that may have been read."""
+        left = train_count - self.validation
         if left < 1:
             raise SpecError(
-                f"data.validation: {self.validation} of {info.train_count} training images leave none to train on; "
-                f"lower it"
+                f"data.validation: {self.validation} of {train_count} training images leave none to train on; lower it"
             )
         if self.batch_size > left:
             raise SpecError(

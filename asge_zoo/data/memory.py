@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from asge_zoo.data.augment import augment_batch
-from asge_zoo.data.base import Augment, Batch, Dataset, DatasetInfo, Images, Loader
+from asge_zoo.data.augment import Augment, augment_batch
+from asge_zoo.data.base import Batch, Dataset, DatasetInfo, Images, Loader
 from asge_zoo.errors import DataError
+from asge_zoo.ranks import ALONE, Shard
 from asge_zoo.seeding import keyed_generator
 
 MAX_SIZE = 1024  # more can't be meant, and would not fit in memory
@@ -24,6 +25,7 @@ class MemoryDataset(Dataset):
     size: PositiveInt | None = Field(
         default=None, le=MAX_SIZE, description="Side, in pixels, to resize images to; null: as they are."
     )
+    augment: Augment = Field(default=Augment(), description="Random changes to training images.")
 
     @abstractmethod
     def stored_info(self) -> DatasetInfo:
@@ -42,7 +44,7 @@ class MemoryDataset(Dataset):
         height, width = (self.size, self.size) if self.size else (stored.height, stored.width)
         return replace(stored, height=height, width=width)
 
-    def loader(self, root: Path, *, seed: int, device: torch.device) -> "MemoryLoader":
+    def loader(self, root: Path, *, seed: int, device: torch.device, shard: Shard = ALONE) -> "MemoryLoader":
         info = self.info()
         train, test = (self._prepared(images, info) for images in self.read(root))
         for split, count in ((train, info.train_count), (test, info.test_count)):
@@ -54,11 +56,15 @@ class MemoryDataset(Dataset):
         order = torch.randperm(len(train), generator=keyed_generator(seed, "validation"))
         return MemoryLoader(
             train=train.take(order[self.validation :]).to(device),
-            splits={"validation": train.take(order[: self.validation]).to(device), "test": test.to(device)},
+            splits={
+                "validation": train.take(shard.of(order[: self.validation])).to(device),
+                "test": Images(shard.of(test.images), shard.of(test.labels)).to(device),
+            },
             info=info,
             batch_size=self.batch_size,
             augment=self.augment,
             seed=seed,
+            shard=shard,
         )
 
     def _prepared(self, stored: Images, info: DatasetInfo) -> Images:
@@ -86,8 +92,9 @@ class MemoryLoader(Loader):
         batch_size: int,
         augment: Augment,
         seed: int,
+        shard: Shard,
     ) -> None:
-        self._train, self._splits, self._augment, self._seed = train, splits, augment, seed
+        self._train, self._splits, self._augment, self._seed, self._shard = train, splits, augment, seed, shard
         self._batch_size = batch_size
         self._mean = torch.tensor(info.mean, device=train.images.device)[:, None, None] * 255
         self._std = torch.tensor(info.std, device=train.images.device)[:, None, None] * 255
@@ -103,9 +110,13 @@ class MemoryLoader(Loader):
         order = torch.randperm(len(self._train), generator=keyed_generator(self._seed, "order", epoch))
         order = order.to(self._train.images.device)
         for step in range(start, self.steps()):
-            chosen = self._train.take(order[step * self._batch_size : (step + 1) * self._batch_size])
+            batch = order[step * self._batch_size : (step + 1) * self._batch_size]
+            chosen = self._train.take(self._shard.of(batch))
             draws = keyed_generator(self._seed, "augment", epoch, step)
-            yield self._normalize(augment_batch(chosen.images, self._augment, draws)), chosen.labels
+            augmented = augment_batch(
+                chosen.images, self._augment, draws, batch_size=self._batch_size, shard=self._shard
+            )
+            yield self._normalize(augmented), chosen.labels
 
     def split_batches(self, split: str) -> Iterator[Batch]:
         images = self._splits[split]

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from pydantic import PositiveInt
 
-from asge_zoo.data.base import Augment, DatasetInfo, Images
+from asge_zoo.data.augment import Augment
+from asge_zoo.data.base import DatasetInfo, Images
 from asge_zoo.data.memory import MemoryDataset
 from asge_zoo.errors import DataError
 from asge_zoo.registry import register

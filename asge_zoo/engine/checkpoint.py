@@ -25,9 +25,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, TypeAdapter, ValidationError
 from torch import Tensor
 
-from asge_zoo.engine.files import json_bytes, sha256_file, write_folder
 from asge_zoo.engine.meter import EpochRecord, MeterSums
 from asge_zoo.errors import CheckpointError, SpecError
+from asge_zoo.files import json_bytes, sha256_file, write_folder
 from asge_zoo.spec import Spec, describe, load_spec
 
 MODEL, OPTIMIZER, STATE, METRICS, SPEC, MANIFEST = (

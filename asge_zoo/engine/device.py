@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from asge_zoo.errors import SpecError
+from asge_zoo.ranks import usable_cpus
 from asge_zoo.registry import Origin
 
 PACKAGES = (
@@ -71,11 +72,6 @@ def device_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # What in the process's environment may change arithmetic; folders apart.

@@ -20,10 +20,10 @@ from asge_zoo.engine.checkpoint import (
     checkpoint_name,
     read_state,
 )
-from asge_zoo.engine.files import point, remove
 from asge_zoo.engine.loading import newest_first
 from asge_zoo.engine.state import TrainState
 from asge_zoo.errors import CheckpointError, DivergenceError
+from asge_zoo.files import point, remove
 from asge_zoo.spec import Checkpointing
 
 

@@ -8,8 +8,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from asge_zoo.engine.files import WriteError, make_folder, naming
 from asge_zoo.errors import CheckpointError
+from asge_zoo.files import WriteError, make_folder, naming
 
 LOCK = ".lock"
 

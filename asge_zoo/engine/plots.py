@@ -6,8 +6,8 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from asge_zoo.engine.files import write_file
 from asge_zoo.engine.meter import EpochRecord
+from asge_zoo.files import write_file
 
 SPLITS = {"train": "training", "validation": "validation"}
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from asge_zoo.data.base import Loader
 from asge_zoo.engine.checkpoint import CHECKPOINTS, checkpoint_name
-from asge_zoo.engine.files import json_bytes, write_file
 from asge_zoo.engine.loading import load_checkpoint
 from asge_zoo.engine.plots import plot_curves, plot_units
 from asge_zoo.engine.run_dir import CURVES, RESULT, UNITS
 from asge_zoo.engine.state import TrainState
 from asge_zoo.evaluate import evaluate
+from asge_zoo.files import json_bytes, write_file
 
 
 @dataclass(frozen=True)

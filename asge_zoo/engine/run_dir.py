@@ -9,11 +9,11 @@ from typing import Any
 
 from asge_zoo.compiler.check import parts
 from asge_zoo.engine.checkpoint import CHECKPOINTS, METRICS, SPEC, may_change, metrics_bytes
-from asge_zoo.engine.files import TEMPORARY, json_bytes, make_folder, remove, sweep, write_file
 from asge_zoo.engine.loading import newest_first
 from asge_zoo.engine.lock import LOCK
 from asge_zoo.engine.state import TrainState
 from asge_zoo.errors import CheckpointError, SpecError
+from asge_zoo.files import TEMPORARY, json_bytes, make_folder, remove, sweep, write_file
 from asge_zoo.spec import Spec, load_spec
 
 ENVIRONMENT, RESULT, CURVES, UNITS = "environment.json", "result.json", "curves.png", "units.png"

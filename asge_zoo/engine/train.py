@@ -26,7 +26,6 @@ from asge_zoo.data.base import Loader
 from asge_zoo.data.base import data_root as find_data_root
 from asge_zoo.engine.checkpoint import METRICS, SPEC
 from asge_zoo.engine.device import deterministic, environment, pick_device
-from asge_zoo.engine.files import WriteError, append_line
 from asge_zoo.engine.keeper import CheckpointKeeper
 from asge_zoo.engine.lock import locked
 from asge_zoo.engine.progress import RunProgress
@@ -43,6 +42,7 @@ from asge_zoo.engine.signals import StopRequested, StopSignals
 from asge_zoo.engine.state import TrainState, begin
 from asge_zoo.errors import CheckpointError, SpecError, Stopped
 from asge_zoo.evaluate import Evaluation, evaluate, evaluate_alternatives
+from asge_zoo.files import WriteError, append_line
 from asge_zoo.graph.local_graph import LocalGraph
 from asge_zoo.seeding import keyed_seed
 from asge_zoo.spec import Spec

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from asge_zoo.data.found import datasets_found
-from asge_zoo.engine.device import device_name, package_versions, pick_device, usable_cpus
+from asge_zoo.engine.device import device_name, package_versions, pick_device
+from asge_zoo.ranks import usable_cpus
 
 OPTIONAL = {"ffcv": "only for ImageNet at full speed: pip install 'asge-zoo[ffcv]'"}
 
