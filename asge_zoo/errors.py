@@ -5,9 +5,10 @@ ZooError                exit code 2: bad input
 ├── DataError           a dataset that is missing, unreadable or too small
 ├── PluginError         a component of an installed package that does not work
 ├── CheckpointError     a run directory or checkpoint that is missing, damaged or in the way
-└── DivergenceError     losses or weights that are no longer finite
+├── DivergenceError     losses or weights that are no longer finite
+└── RankError           another of the processes that train together is gone
 
-Stopped (a KeyboardInterrupt, and no error) ends what SIGINT or SIGTERM stopped: exit code 130 or 143.
+Stopped (a KeyboardInterrupt, and no error) ends what SIGINT, SIGTERM or SIGUSR1 stopped: exit code 130, 143 or 138.
 """
 
 from signal import Signals
@@ -39,11 +40,15 @@ class DivergenceError(ZooError):
     """Losses or weights are no longer finite, so training stops."""
 
 
+class RankError(ZooError):
+    """Another of the processes that train together is gone, so training stops."""
+
+
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM came; the message says what is saved and how to go on.
+    """SIGINT, SIGTERM or SIGUSR1 came, or the time is up; the message says what is saved and how to go on.
 
     Args:
-        signal: which of the two.
+        signal: which of them; SIGUSR1 for the time.
         message: for the user.
     """
 

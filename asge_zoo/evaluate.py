@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from asge_zoo.data.base import Batch
 from asge_zoo.graph.local_graph import LocalGraph
+from asge_zoo.ranks import Ranks
 
 TOP_K = 5
 
@@ -32,13 +33,21 @@ class Evaluation:
     mean_depth: float | None = None
 
 
-def evaluate(graph: LocalGraph, batches: Iterable[Batch]) -> Evaluation:
-    """Measure `graph` on batches of images (B, C, H, W) and labels (B,); leaves it in evaluation mode."""
-    return evaluate_alternatives(graph, batches)[0]
+def evaluate(graph: LocalGraph, batches: Iterable[Batch], ranks: Ranks | None = None) -> Evaluation:
+    """Measure `graph` on batches of images (B, C, H, W) and labels (B,); leaves it in evaluation mode.
+
+    Args:
+        graph: the same on every rank.
+        batches: of this rank, at least one.
+        ranks: whose batches together are the split.
+    """
+    return evaluate_alternatives(graph, batches, ranks)[0]
 
 
 @torch.no_grad()
-def evaluate_alternatives(graph: LocalGraph, batches: Iterable[Batch]) -> tuple[Evaluation, list[float]]:
+def evaluate_alternatives(
+    graph: LocalGraph, batches: Iterable[Batch], ranks: Ranks | None = None
+) -> tuple[Evaluation, list[float]]:
     """As `evaluate`, and the accuracy (percent) of each of the prediction's alternatives, in the same pass."""
     graph.eval()
     count = units = 0
@@ -51,7 +60,8 @@ def evaluate_alternatives(graph: LocalGraph, batches: Iterable[Batch]) -> tuple[
         sums = [top.sum(), _depth(graph, unit_logits), *measured, *choices]
         totals.append(torch.cat([part.double().flatten() for part in sums]))
         count, units = count + len(labels), len(unit_logits)
-    total = (torch.stack(totals).sum(0) / count).tolist()
+    summed = (ranks or Ranks()).sum(torch.cat([totals[0].new_tensor([count]), torch.stack(totals).sum(0)]))
+    count, total = int(summed[0]), (summed[1:] / summed[0]).tolist()
     end = 2 + 2 * (1 + units)
     accuracy, loss = [100 * share for share in total[2:end:2]], total[3:end:2]
     depth = total[1] if graph.prediction.exits_early else None

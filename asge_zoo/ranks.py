@@ -1,14 +1,26 @@
-"""Which process of how many this is, and which CPUs it may use."""
+"""The processes that train together, by torchrun's environment: which of how many this is, and what they say.
 
+Gradients don't go this way: see `graph.reduction`.
+"""
+
+import contextlib
 import math
 import os
+import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's, of cgroup v2
+PATIENCE = timedelta(minutes=10)  # for a rank that lives and does not answer; one that dies is noticed at once
 
 Items = TypeVar("Items", bound=Any)
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,103 @@ class Shard:
 
 
 ALONE = Shard()  # all there is
+
+
+class Ranks:
+    """What ranks tell each other on the host; on a single one each method gives back what it got.
+
+    Every rank has to call the same methods in the same order: each waits for the others.
+    """
+
+    def __init__(self, shard: Shard = ALONE) -> None:
+        self.shard = shard
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank is the one that writes."""
+        return self.shard.rank == 0
+
+    @property
+    def several(self) -> bool:
+        """Whether there are other ranks."""
+        return self.shard.world_size > 1
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the ranks of a float64 tensor of equal shape on each, added in their order; on its device."""
+        if not self.several:
+            return values
+        mine = values.cpu()
+        found = [torch.empty_like(mine) for _ in range(self.shard.world_size)]
+        torch.distributed.all_gather(found, mine)
+        return sum(found[1:], found[0]).to(values.device)
+
+    def max(self, value: int) -> int:
+        """The largest of the ranks' values."""
+        if not self.several:
+            return value
+        found = torch.tensor([value])
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        return int(found)
+
+    def share(self, value: Value) -> Value:
+        """The first rank's value, on every rank."""
+        values = [value]
+        if self.several:
+            torch.distributed.broadcast_object_list(values, device=torch.device("cpu"))
+        return values[0]
+
+    def gather(self, value: Value) -> list[Value]:
+        """Every rank's value, on every rank, in their order."""
+        if not self.several:
+            return [value]
+        found: list[Any] = [None] * self.shard.world_size
+        torch.distributed.all_gather_object(found, value)
+        return found
+
+
+@contextlib.contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """Meet the other ranks that torchrun started, if it did: gloo for what is on CPUs, NCCL for what is on GPUs."""
+    if not launched():
+        yield Ranks()
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=PATIENCE))
+    # a restart finds the store that it had before, with the addresses of ranks that are gone
+    store = torch.distributed.PrefixStore(f"start-{restarts()}", store)
+    torch.distributed.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=world_size)
+    yield Ranks(Shard(rank, world_size))
+    torch.distributed.destroy_process_group()  # not on an error: it would wait for ranks that are gone
+
+
+def launched() -> bool:
+    """Whether torchrun, or something that sets the same environment, started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def restarts() -> int:
+    """How often torchrun has restarted this job's ranks."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def is_first() -> bool:
+    """Whether this process is the rank that writes and speaks, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0 or not launched()
+
+
+def local_rank() -> int:
+    """This process's place among the ranks of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """How many ranks this machine has."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def here() -> str:
+    """This rank by number and host, for messages."""
+    return f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
 
 
 def usable_cpus() -> int:

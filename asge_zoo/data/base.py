@@ -66,6 +66,11 @@ class Loader(Protocol):
     """
 
     @property
+    def described(self) -> str:
+        """What reads the images, for the log."""
+        return "memory"
+
+    @property
     def batch_size(self) -> int:
         """Images in a training batch, of all ranks together."""
         ...

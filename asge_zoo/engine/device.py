@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from asge_zoo.errors import SpecError
-from asge_zoo.ranks import usable_cpus
+from asge_zoo.ranks import local_rank, usable_cpus
 from asge_zoo.registry import Origin
 
 PACKAGES = (
@@ -33,17 +33,20 @@ PACKAGES = (
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The named device, or a CUDA GPU if there is one, else the CPU.
+    """The named device, or a CUDA GPU if there is one, else the CPU; of several ranks, each one's own GPU.
 
     Raises:
         SpecError: there is no such device here.
     """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.partition(":")[0] not in ("cpu", "cuda"):
         raise SpecError(f"--device {name}: is neither cpu nor cuda (or cuda:1 …); `asge-zoo doctor` lists devices")
     try:
         device = torch.device(name)
+        if device.type == "cuda":
+            device = torch.device("cuda", local_rank()) if device.index is None else device
+            torch.cuda.set_device(device)  # NCCL and unnamed allocations go by it
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = textwrap.shorten(str(error), 100, placeholder=" …")
@@ -108,7 +111,7 @@ def environment(device: torch.device, data_root: Path, plugins: Sequence[Origin]
             if name.startswith(VARIABLES) and not name.endswith("_DIR")
         },
         "data_root": str(data_root),
-        "git_revision": _git_revision(),
+        "git_revision": git_revision(),
         "host": socket.gethostname(),
         "command": sys.argv,
     }
@@ -137,7 +140,7 @@ def deterministic(strict: bool) -> Iterator[None]:
             del os.environ[WORKSPACE]
 
 
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
     """Commit of the checkout this package is run from, `-dirty` if changed; None if it is in none."""
     checkout = Path(__file__).parents[2]
     if not (checkout / ".git").exists():  # installed: git would answer for whatever is around it

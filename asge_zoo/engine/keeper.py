@@ -24,18 +24,44 @@ from asge_zoo.engine.loading import newest_first
 from asge_zoo.engine.state import TrainState
 from asge_zoo.errors import CheckpointError, DivergenceError
 from asge_zoo.files import point, remove
+from asge_zoo.ranks import Ranks, here
 from asge_zoo.spec import Checkpointing
 
 
 class CheckpointKeeper:
-    """Saves a run's checkpoints when they are due, and keeps the newest two and the best as each of these knows it."""
+    """Saves a run's checkpoints when they are due, and keeps the newest two and the best as each of these knows it.
 
-    def __init__(self, folder: Path, policy: Checkpointing) -> None:
-        self.folder, self._policy = folder, policy
+    Args:
+        folder: the run's; of several ranks, the first one alone writes there.
+        policy: when they are due.
+        ranks: that train it together, and must call the same methods.
+    """
+
+    def __init__(self, folder: Path, policy: Checkpointing, ranks: Ranks | None = None) -> None:
+        self.folder, self._policy, self._ranks = folder, policy, ranks or Ranks()
         self._newest: str | None = None
         self._saved_at = time.monotonic()
 
     def restore(self, state: TrainState, warn: Callable[[str], None]) -> bool:
+        """Bring every rank's `state` to where the first one's `_restore` finds the run; False where it finds nothing.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none is whole; or this rank does not see the first one's.
+        """
+        found = self._ranks.first and self._restore(state, warn)
+        place = self._ranks.share((state.name, state.best) if found else None)
+        if place is not None and not self._ranks.first:
+            name, best = place
+            if not (self.folder / CHECKPOINTS / name).is_dir():
+                raise CheckpointError(
+                    f"{self.folder / CHECKPOINTS / name}: is not seen by {here()}; give a --run-dir that all machines "
+                    f"share"
+                )
+            state.restore(self.folder / CHECKPOINTS / name)
+            state.best = best
+        return place is not None
+
+    def _restore(self, state: TrainState, warn: Callable[[str], None]) -> bool:
         """Bring `state` to the newest checkpoint that is whole, and changes no file; False where there is none at all.
 
         One whose best is whole, too, comes before newer ones whose best is lost; only if there is none is the best
@@ -75,11 +101,13 @@ class CheckpointKeeper:
             return True
         if self._policy.every_steps and state.total_steps % self._policy.every_steps == 0:
             return True
+        if self._policy.every_minutes is None:
+            return False
         minutes = (time.monotonic() - self._saved_at) / 60
-        return self._policy.every_minutes is not None and minutes >= self._policy.every_minutes
+        return self._ranks.max(minutes >= self._policy.every_minutes) > 0  # their clocks differ
 
     def save(self, state: TrainState) -> None:
-        """Save a checkpoint, then drop those that are no longer needed.
+        """Save a checkpoint, then drop those that are no longer needed; every rank must call it.
 
         Raises:
             DivergenceError: what would be saved is not finite.
@@ -87,10 +115,11 @@ class CheckpointKeeper:
         if state.name == self._newest:
             return
         state.check_finite()
-        folder = self.folder / CHECKPOINTS / state.name
-        if os.path.lexists(folder):  # one that was damaged, so that training went back behind it
-            remove(folder)
-        state.save(folder)
+        if self._ranks.first:
+            folder = self.folder / CHECKPOINTS / state.name
+            if os.path.lexists(folder):  # one that was damaged, so that training went back behind it
+                remove(folder)
+            state.save(folder)
         self.keep(state, newer=False)
         self._saved_at = time.monotonic()
 
@@ -101,8 +130,10 @@ class CheckpointKeeper:
             state: saved or restored just now.
             newer: whether to keep newer ones: damaged, and worth a look until training has gone on from before them.
         """
-        checkpoints = self.folder / CHECKPOINTS
         self._newest = state.name
+        if not self._ranks.first:
+            return
+        checkpoints = self.folder / CHECKPOINTS
         point(self.folder / LAST, checkpoints / state.name)
         if state.best:
             point(self.folder / BEST, checkpoints / state.best.name)

@@ -11,6 +11,7 @@ from torch import Tensor
 from asge_zoo.errors import DivergenceError
 from asge_zoo.evaluate import Evaluation
 from asge_zoo.graph.rule import StepResult
+from asge_zoo.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,17 @@ class Stopwatch:
 
 
 class TrainMeter:
-    """Sums losses and right answers; a step need not wait for the host, which `settle` brings up to date."""
+    """Sums losses and right answers of all ranks; a step need not wait for the host, which `settle` brings up to date.
 
-    def __init__(self, sums: MeterSums | None = None) -> None:
-        self.sums = sums or MeterSums()
+    Args:
+        sums: to go on from.
+        ranks: whose batches are parts of one.
+    """
+
+    def __init__(self, sums: MeterSums | None, ranks: Ranks) -> None:
+        self.sums, self._ranks = sums or MeterSums(), ranks
         self._pending: list[Tensor] = []
+        self._images = 0
 
     def update(self, result: StepResult, labels: Tensor) -> None:
         """Add a batch."""
@@ -109,10 +116,10 @@ class TrainMeter:
             right = (logits.argmax(2) == labels).sum(1)
             losses = torch.cat([result.head_loss[None], result.losses[: len(result.unit_logits)]])
             self._pending.append(torch.stack([losses, right.to(losses.dtype)]))  # (2, 1 + units)
-        self.sums.images += len(labels)
+        self._images += len(labels)
 
     def settle(self, names: Sequence[str], epoch: int) -> None:
-        """Add up, batch by batch, so that sums are the same wherever a run was cut off.
+        """Add up, batch by batch, so that sums are the same wherever a run was cut off; every rank must call it.
 
         Args:
             names: of the units.
@@ -123,8 +130,14 @@ class TrainMeter:
         """
         if not self._pending:
             return
-        batches = torch.stack(self._pending).double()
-        self._pending.clear()
+        batches, images = torch.stack(self._pending).double(), self._images
+        self._pending, self._images = [], 0
+        if self._ranks.several:
+            batches[:, 0] *= images  # means over a rank's part become sums
+            total = self._ranks.sum(torch.cat([batches.new_tensor([images]), batches.flatten()]))
+            images, batches = int(total[0]), total[1:].reshape(batches.shape)
+            batches[:, 0] /= images
+        self.sums.images += images
         bad = (~batches[:, 0].isfinite()).nonzero().tolist()
         if bad:
             step, column = min(bad, key=lambda place: (place[0], place[1] or len(names) + 1))

@@ -17,11 +17,18 @@ class ImagesPerSecond(ProgressColumn):
 
 
 class RunProgress:
-    """A run's progress over all its images; use as a context manager. Quiet where stderr is no terminal."""
+    """A run's progress over all its images; use as a context manager. Quiet where stderr is no terminal.
 
-    def __init__(self, name: str, total_images: int) -> None:
+    Args:
+        name: of the run.
+        total_images: to train on, epoch by epoch.
+        silent: says nothing at all, not even warnings: another rank does.
+    """
+
+    def __init__(self, name: str, total_images: int, *, silent: bool = False) -> None:
+        self._silent = silent
         self._console = Console(stderr=True, highlight=False)
-        self._console.quiet = not self._console.is_terminal
+        self._console.quiet = silent or not self._console.is_terminal
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -65,6 +72,8 @@ class RunProgress:
 
     def warn(self, line: str) -> None:
         """Print a line, on a terminal or not: what a user must not miss."""
+        if self._silent:
+            return
         if self._console.quiet:
             print(f"asge-zoo: {line}", file=sys.stderr)
         else:

@@ -50,15 +50,17 @@ class RunResult:
 
 
 def test_best(folder: Path, state: TrainState, loader: Loader) -> RunResult:
-    """Test a finished run's best checkpoint, as it lies on disk, and write what came of the run."""
+    """Test a finished run's best checkpoint, as it lies on disk, and write what came of the run.
+
+    Every rank must call it: each evaluates its part, the first one writes, and all get its result.
+    """
     assert state.best is not None
+    ranks = state.ranks
+    ranks.share(None)  # once the first one has written the checkpoint
     device = next(state.graph.parameters()).device
     graph, spec = load_checkpoint(folder / CHECKPOINTS / state.best.name, device=device)
-    test = evaluate(graph, loader.split_batches("test"))
+    test = evaluate(graph, loader.split_batches("test"), ranks)
     best = next(record for record in state.records if checkpoint_name(record.epoch, 0) == state.best.name)
-    plot_curves(state.records, folder / CURVES, title=spec.name)
-    if test.unit_accuracy:
-        plot_units(best, [unit.name for unit in graph.units], folder / UNITS, title=spec.name)
     result = RunResult(
         run_dir=str(folder),
         test_accuracy=test.accuracy,
@@ -67,14 +69,18 @@ def test_best(folder: Path, state: TrainState, loader: Loader) -> RunResult:
         seconds=time.perf_counter() - state.started,
         unit_test_accuracy=test.unit_accuracy,
     )
-    write_file(folder / RESULT, json_bytes(result.to_json()))
-    return result
+    if ranks.first:
+        plot_curves(state.records, folder / CURVES, title=spec.name)
+        if test.unit_accuracy:
+            plot_units(best, [unit.name for unit in graph.units], folder / UNITS, title=spec.name)
+        write_file(folder / RESULT, json_bytes(result.to_json()))
+    return ranks.share(result)
 
 
 def combine(folder: Path, results: Sequence[RunResult]) -> RunResult:
-    """Mean and standard deviation of several runs, written to the directory that holds them."""
+    """Mean and standard deviation of several runs that lie in a directory."""
     accuracy = [result.test_accuracy for result in results]
-    result = RunResult(
+    return RunResult(
         run_dir=str(folder),
         test_accuracy=statistics.mean(accuracy),
         val_accuracy=statistics.mean(result.val_accuracy for result in results),
@@ -86,5 +92,3 @@ def combine(folder: Path, results: Sequence[RunResult]) -> RunResult:
         std=statistics.stdev(accuracy),
         runs=tuple(results),
     )
-    write_file(folder / RESULT, json_bytes(result.to_json()))
-    return result

@@ -14,6 +14,7 @@ from asge_zoo.engine.lock import LOCK
 from asge_zoo.engine.state import TrainState
 from asge_zoo.errors import CheckpointError, SpecError
 from asge_zoo.files import TEMPORARY, json_bytes, make_folder, remove, sweep, write_file
+from asge_zoo.ranks import local_world_size
 from asge_zoo.spec import Spec, load_spec
 
 ENVIRONMENT, RESULT, CURVES, UNITS = "environment.json", "result.json", "curves.png", "units.png"
@@ -65,10 +66,11 @@ def _is_unused(folder: Path) -> bool:
 
 
 def resume_command(folder: Path, device: str | None = None, data_root: str | Path | None = None) -> str:
-    """What to type to go on with a run, with the device and data root that were asked for."""
+    """What to type to go on with a run, with the device and data root that were asked for, on as many ranks."""
     line = ["asge-zoo", "train", folder / SPEC, "--run-dir", folder, "--resume"]
     line += [] if device is None else ["--device", device]
     line += [] if data_root is None else ["--data-root", data_root]
+    line += ["--nproc", local_world_size()] if local_world_size() > 1 else []
     return shlex.join(map(str, line))
 
 

@@ -1,20 +1,27 @@
-"""SIGINT and SIGTERM: the first one waits until nothing is half done, the second one does not."""
+"""What ends a run before its time: SIGINT, SIGTERM, SIGUSR1 (which SLURM sends ahead of its limit), a time limit.
+
+The first one waits until nothing is half done; a second one does not.
+"""
 
 import contextlib
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any, TypeVar
 
 from asge_zoo.errors import Stopped
+from asge_zoo.ranks import Ranks
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SLURM_END, SLURM_MARGIN = "SLURM_JOB_END_TIME", 120.0  # when SLURM ends the job, in Unix time; seconds to end before
 Item = TypeVar("Item")
 
 
 class StopRequested(Exception):
-    """A signal waits, and nothing is half done: save and stop."""
+    """A signal waits, or the time is up, and nothing is half done: save and stop."""
 
     def __init__(self, received: signal.Signals) -> None:
         super().__init__(f"stopped by {received.name}")
@@ -22,15 +29,25 @@ class StopRequested(Exception):
 
 
 class StopSignals:
-    """Takes SIGINT and SIGTERM while it is open, as a context manager; in another thread than the main one, none.
+    """Takes the signals while it is open, as a context manager; in another thread than the main one, none.
 
     A signal raises `Stopped` at once; within `deferred`, the first one waits for `check`.
+
+    Args:
+        ranks: who stop together, once one of them is to. What starts and ends ranks may send each signal twice: with
+            several, only the first one counts.
+        time_limit: seconds from now after which to stop as if by SIGUSR1; None for two minutes before the end that
+            SLURM has set, if it has.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks | None = None, time_limit: float | None = None) -> None:
         self.received: signal.Signals | None = None
+        self._ranks = ranks or Ranks()
         self._deferred = False
         self._before: dict[signal.Signals, Any] = {}
+        if time_limit is None and os.environ.get(SLURM_END, "").isdigit():
+            time_limit = int(os.environ[SLURM_END]) - time.time() - SLURM_MARGIN
+        self._deadline = None if time_limit is None else time.monotonic() + time_limit
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
@@ -43,9 +60,9 @@ class StopSignals:
             signal.signal(number, handler or signal.SIG_DFL)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._deferred or self.received is not None:
+        if not self._deferred or (self.received is not None and not self._ranks.several):
             raise Stopped(signal.Signals(number))
-        self.received = signal.Signals(number)
+        self.received = self.received or signal.Signals(number)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -59,16 +76,22 @@ class StopSignals:
             raise Stopped(self.received)
 
     def check(self) -> None:
-        """Call where nothing is half done.
+        """Call where nothing is half done, on every rank.
 
         Raises:
-            StopRequested: a signal waits.
+            StopRequested: a signal waits, on this rank or another, or the time is up.
         """
-        if self.received is not None:
-            raise StopRequested(self.received)
+        if number := self._ranks.max(int(self._waiting() or 0)):
+            raise StopRequested(signal.Signals(number))
 
     def watch(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, with a `check` before each."""
+        """The items, with a `check` before each; not with several ranks, which may have other numbers of them."""
         for item in items:
-            self.check()
+            if not self._ranks.several:
+                self.check()
             yield item
+
+    def _waiting(self) -> signal.Signals | None:
+        if self.received is None and self._deadline is not None and time.monotonic() > self._deadline:
+            return signal.SIGUSR1
+        return self.received

@@ -28,6 +28,7 @@ from asge_zoo.engine.meter import EpochRecord, Stopwatch, TrainMeter
 from asge_zoo.errors import CheckpointError, DivergenceError
 from asge_zoo.evaluate import Evaluation
 from asge_zoo.graph.local_graph import LocalGraph
+from asge_zoo.ranks import Ranks
 from asge_zoo.spec import Spec
 
 
@@ -40,6 +41,7 @@ class TrainState:
         steps_per_epoch: full training batches in an epoch.
         graph, optimizer, scheduler: as they are now.
         started: `time.perf_counter()` at the run's start, had it run without a break.
+        ranks: that train it together.
         epoch: epochs done.
         step: steps done of the epoch under way.
         meter: of the epoch under way.
@@ -54,14 +56,16 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     started: float
+    ranks: Ranks = field(default_factory=Ranks)
     epoch: int = 0
     step: int = 0
-    meter: TrainMeter = field(default_factory=TrainMeter)
+    meter: TrainMeter = field(init=False)
     records: list[EpochRecord] = field(default_factory=list)
     best: Best | None = None
     epoch_time: Stopwatch = field(default_factory=Stopwatch)
 
     def __post_init__(self) -> None:
+        self.meter = TrainMeter(None, self.ranks)
         self.parameters, self.buffers = dict(self.graph.named_parameters()), dict(self.graph.named_buffers())
 
     @property
@@ -100,7 +104,7 @@ class TrainState:
         return record
 
     def check_losses(self) -> None:
-        """Refuse to go on from a loss that is not finite.
+        """Refuse to go on from a loss that is not finite; every rank must call it.
 
         Raises:
             DivergenceError: names the unit and the step.
@@ -108,7 +112,7 @@ class TrainState:
         self.meter.settle([unit.name for unit in self.graph.units], self.epoch + 1)
 
     def check_finite(self) -> None:
-        """Refuse to go on, or to save, once losses or weights are not finite.
+        """Refuse to go on, or to save, once losses or weights are not finite; every rank must call it.
 
         Raises:
             DivergenceError: names the unit and the step.
@@ -188,7 +192,7 @@ class TrainState:
         except (RuntimeError, ValueError, OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"{folder}: does not fit its own spec ({' '.join(str(error).split())})") from error
         self.epoch, self.step, self.best, self.records = saved.epoch, saved.step, saved.best, records
-        self.meter = TrainMeter(saved.meter)
+        self.meter = TrainMeter(saved.meter, self.ranks)
         self.epoch_time = Stopwatch(saved.epoch_seconds)
         self.started -= saved.seconds
 
@@ -230,7 +234,9 @@ class TrainState:
         self.scheduler.load_state_dict(saved.schedule)
 
 
-def begin(spec: Spec, graph: LocalGraph, steps_per_epoch: int, started: float) -> TrainState:
+def begin(
+    spec: Spec, graph: LocalGraph, steps_per_epoch: int, started: float, ranks: Ranks | None = None
+) -> TrainState:
     """A run before its first step, with the spec's optimizer, the head a group of its own, and its schedule."""
     named = list(graph.tensors()[0].items())
     head = set(graph.head_parameters)
@@ -240,7 +246,7 @@ def begin(spec: Spec, graph: LocalGraph, steps_per_epoch: int, started: float) -
         groups.append({"params": [item for item in named if item[0] in head], **rate})
     optimizer = parts(spec).optimizer.build(groups)
     scheduler = parts(spec).schedule.build(optimizer, spec.train.epochs * steps_per_epoch)
-    return TrainState(spec, steps_per_epoch, graph, optimizer, scheduler, started)
+    return TrainState(spec, steps_per_epoch, graph, optimizer, scheduler, started, ranks or Ranks())
 
 
 def _kept_by_optimizer(spec: Spec) -> dict[str, bool]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from asge_zoo.graph.functional import bind, full_precision, own_code
 from asge_zoo.graph.prediction import Prediction
+from asge_zoo.graph.reduction import Reduction
 from asge_zoo.graph.rule import LayerLocalRule, Rule, StepResult, UnitResult
 from asge_zoo.graph.shared import SharedSteps
 from asge_zoo.graph.unit import INPUT, Unit, Values
@@ -26,6 +27,10 @@ class LocalGraph(nn.Module):
     Args:
         templates: for each unit the first one of its structure, where the units' steps are compiled one by one and
             units of a structure share theirs; empty where the step is compiled as a whole.
+
+    Attributes:
+        reduction: of gradients and running statistics over the ranks, where there are several; set it before the
+            first step.
     """
 
     def __init__(
@@ -54,6 +59,9 @@ class LocalGraph(nn.Module):
         self.head_parameters = tuple(f"head.{name}" for name, _ in head.named_parameters())
         self.compiled = compile
         self.templates = tuple(templates)
+        self.reduction: Reduction | None = None
+        # a layer-local rule's step is made of this graph's `unit_step`, unless it writes its own
+        self._reduces_by_unit = type(rule).step is LayerLocalRule.step
         self._step: Callable[..., StepResult] | None = None
         self._unit_step: Callable[..., UnitResult] | None = None
 
@@ -79,13 +87,24 @@ class LocalGraph(nn.Module):
         own = {name: params[name] for name in unit.parameters}
         constants = {name: state[name] for name in unit.constants}
         read = {name: env[name] for name in unit.reads}
-        if self._unit_step is not None:
-            return self._unit_step(index, own, constants, read, labels)
-        return self._local_rule().unit_step(self, index, own, constants, read, labels)
+        run = self.reduced_unit_step if self._unit_step is None else self._unit_step
+        return run(index, own, constants, read, labels)
 
-    def _local_rule(self) -> LayerLocalRule:
+    def reduced_unit_step(self, index: int, own: Values, constants: Values, env: Values, labels: Tensor) -> UnitResult:
+        """The rule's `unit_step`, and the ranks' reduction of what it found begun."""
         assert isinstance(self.rule, LayerLocalRule)
-        return self.rule
+        found = self.rule.unit_step(self, index, own, constants, env, labels)
+        if self.reduction is None or not self._reduces_by_unit:
+            return found
+        return found._replace(grads=self.reduction.start(found.grads), buffers=self.reduction.start(found.buffers))
+
+    def _reduced(self, found: StepResult, reduction: Reduction) -> StepResult:
+        """A step's result with all that is reduced over the ranks there."""
+        begun = self._reduces_by_unit
+        rest = {n: x for n, x in found.grads.items() if not begun or n in self.head_parameters}
+        grads = {**found.grads, **reduction.start(rest)}
+        buffers = found.buffers if begun else reduction.start(found.buffers)
+        return found._replace(grads=reduction.finish(grads), buffers=reduction.finish(buffers))
 
     # Training.
 
@@ -100,7 +119,8 @@ class LocalGraph(nn.Module):
     def step_fn(self, params: Values, state: Values, images: Tensor, labels: Tensor) -> StepResult:
         """One training step as a pure function of parameters, buffers and a batch (see `Rule.step`)."""
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
-            return self.rule.step(self, params, state, images, labels)
+            found = self.rule.step(self, params, state, images, labels)
+            return found if self.reduction is None else self._reduced(found, self.reduction)
 
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         """`step_fn`, compiled if the spec says so, on this module's own tensors. Changes nothing.
@@ -121,7 +141,7 @@ class LocalGraph(nn.Module):
             return self.step_fn
         if not self.templates:
             return torch.compile(own_code(cast(MethodType, self.step_fn)), fullgraph=True)
-        self._unit_step = SharedSteps(self, self._local_rule(), self.templates)
+        self._unit_step = SharedSteps(self, self.templates)
         return self.step_fn
 
     @property

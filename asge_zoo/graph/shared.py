@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from asge_zoo.graph.functional import own_code
-from asge_zoo.graph.rule import LayerLocalRule, UnitResult
+from asge_zoo.graph.rule import UnitResult
 from asge_zoo.graph.unit import Unit, Values
 
 if TYPE_CHECKING:
@@ -18,31 +18,30 @@ if TYPE_CHECKING:
 class UnitStep:
     """One unit's step, as a function of tensors alone."""
 
-    def __init__(self, graph: "LocalGraph", rule: LayerLocalRule, index: int) -> None:
-        self.graph, self.rule, self.index = graph, rule, index
+    def __init__(self, graph: "LocalGraph", index: int) -> None:
+        self.graph, self.index = graph, index
 
     def run(self, own: Values, constants: Values, env: Values, labels: Tensor) -> UnitResult:
-        """See `LayerLocalRule.unit_step`."""
-        return self.rule.unit_step(self.graph, self.index, own, constants, env, labels)
+        """See `LocalGraph.reduced_unit_step`."""
+        return self.graph.reduced_unit_step(self.index, own, constants, env, labels)
 
 
 class SharedSteps:
     """Runs any unit's step by the compiled one of its template, with the unit's own tensors under that one's names.
 
     Args:
-        graph: the units.
-        rule: the graph's, layer-local.
+        graph: the units, of a layer-local rule.
         templates: for each unit the first one of its structure: the same steps on the same shapes, names apart.
     """
 
-    def __init__(self, graph: "LocalGraph", rule: LayerLocalRule, templates: Sequence[int]) -> None:
+    def __init__(self, graph: "LocalGraph", templates: Sequence[int]) -> None:
         self._templates = templates
         self._names = [
             dict(zip(_names(unit), _names(graph.units[template]), strict=True))
             for unit, template in zip(graph.units, templates, strict=True)
         ]
         self._steps: dict[int, Callable[..., UnitResult]] = {
-            index: torch.compile(own_code(cast(MethodType, UnitStep(graph, rule, index).run)), fullgraph=True)
+            index: torch.compile(own_code(cast(MethodType, UnitStep(graph, index).run)), fullgraph=True)
             for index in set(templates)
         }
 
