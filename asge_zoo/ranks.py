@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's, of cgroup v2
 PATIENCE = timedelta(minutes=10)  # for a rank that lives and does not answer; one that dies is noticed at once
@@ -106,9 +108,9 @@ def joined_ranks() -> Iterator[Ranks]:
         yield Ranks()
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=PATIENCE))
+    store, rank, world_size = next(rendezvous("env://", timeout=PATIENCE))
     # a restart finds the store that it had before, with the addresses of ranks that are gone
-    store = torch.distributed.PrefixStore(f"start-{restarts()}", store)
+    store = PrefixStore(f"start-{restarts()}", store)
     torch.distributed.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=world_size)
     yield Ranks(Shard(rank, world_size))
     torch.distributed.destroy_process_group()  # not on an error: it would wait for ranks that are gone

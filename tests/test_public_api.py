@@ -13,7 +13,7 @@ from asge_zoo.cli.main import cli as group
 
 # Changing a line here changes what users type: say so in the commit. Arguments are in capitals.
 COMMAND_LINE = {
-    "train": "SPEC --set --run-dir --resume --data-root --device --json",
+    "train": "SPEC --set --run-dir --resume --nproc --time-limit --data-root --device --json",
     "eval": "CHECKPOINT --split --data-root --device --json",
     "compare": "RUNS --json",
     "validate": "SPEC --set --json",
@@ -22,7 +22,13 @@ COMMAND_LINE = {
     "ls": "WHAT --data-root --json",
     "export": "RUN --timm --json",
     "verify": "PATH --json",
+    "bench": "--data --size --workers --rounds --compress-probability --device --json",
     "doctor": "--data-root --json",
+    "data write": (
+        "KIND --from --to --split --max-resolution --compress-probability --quality --skip-unreadable --workers "
+        "--data-root --json"
+    ),
+    "data verify": "FILE --json",
     "plugins check": "NAME --json",
     "plugins new": "NAME --kind --path",
 }

@@ -1,15 +1,18 @@
 """`asge-zoo`: what is typed becomes a command, and what goes wrong becomes one line and an exit code.
 
-0 done; 1 the command ran and the answer is no; 2 bad input, missing data or a broken file; 130 and 143 after SIGINT and
-SIGTERM.
+0 done; 1 the command ran and the answer is no; 2 bad input, missing data or a broken file; 130, 138 and 143 after
+SIGINT, SIGUSR1 and SIGTERM.
 """
 
+import os
 import sys
 from signal import Signals
 
 import click
 
+from asge_zoo.cli.bench import bench
 from asge_zoo.cli.compare import compare
+from asge_zoo.cli.data import data
 from asge_zoo.cli.doctor import doctor
 from asge_zoo.cli.evaluate import evaluate
 from asge_zoo.cli.explain import explain
@@ -22,7 +25,7 @@ from asge_zoo.cli.validate import validate
 from asge_zoo.cli.verify import verify
 from asge_zoo.errors import Stopped, ZooError
 
-COMMANDS = (train, evaluate, compare, validate, explain, schema, ls, plugins, export, verify, doctor)
+COMMANDS = (train, evaluate, compare, validate, explain, schema, ls, plugins, data, export, verify, bench, doctor)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -62,4 +65,9 @@ def _fail(message: str, code: int) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
-    sys.exit(run())
+    code = run()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank: torch's teardown of process groups aborts now and then
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
