@@ -33,6 +33,17 @@ PAPER = {
 }
 FULL_SIZE = [f"{backbone}_{data}" for backbone in ("vgg8", "vgg11") for data in PAPER]
 RESNETS = ["resnet18_cifar10", "resnet18_cifar10_quarter", "resnet50_cifar100"]
+IMAGENET = {
+    "epochs": 45,
+    "batch_size": 512,
+    "validation": 10000,
+    "lr": 0.05,
+    "final_lr": 0.0005,
+    "momentum": 0.9,
+    "weight_decay": 1e-4,
+    "augment": {"scale": [0.08, 1.0], "ratio": [0.75, 4 / 3], "flip": True},
+}
+LARGE = {"vgg8_imagenet": 128, "vgg11_imagenet": 128, "resnet18_imagenet": 224, "resnet50_imagenet": 224}
 # The method's parts as the paper has them, and as the README says where it is silent.
 METHOD = {
     "pooling": {"kind": "rms"},
@@ -64,8 +75,10 @@ def test_it_writes_out_what_is_worth_reading(file: Path) -> None:
 
 def test_all_of_them_are_shipped() -> None:
     assert set(shipped_specs()) == {file.stem for file in FILES}
-    expected = {*FULL_SIZE, *RESNETS, *(f"{name}_bp" for name in (*FULL_SIZE, *RESNETS))}
-    assert expected | {"vgg8_digits", "vgg8_mnist_quarter", "vgg8_cifar10_quarter"} <= set(shipped_specs())
+    expected = {*FULL_SIZE, *RESNETS, *LARGE, *(f"{name}_bp" for name in (*FULL_SIZE, *RESNETS, *LARGE))}
+    assert expected | {"vgg11_imagenet_sample", "vgg8_digits", "vgg8_mnist_quarter", "vgg8_cifar10_quarter"} <= set(
+        shipped_specs()
+    )
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -84,6 +97,20 @@ def test_full_size_has_the_papers_settings(name: str) -> None:
     assert (resolved["optimizer"]["kind"], resolved["schedule"]["kind"]) == ("adamw", "cosine")
     found = {**resolved["data"], **resolved["optimizer"], **resolved["schedule"], **resolved["train"]}
     assert {key: found[key] for key in PAPER[data]} == PAPER[data]
+    assert {part: resolved[part] for part in METHOD} == METHOD
+
+
+@pytest.mark.parametrize(("name", "size"), LARGE.items())
+def test_imagenet_has_the_papers_settings(name: str, size: int) -> None:
+    """And, where it is silent, the resolution that the README names; stems as on small images, or timm's."""
+    resolved = load_spec(FOLDER / f"{name}.json").resolved()
+    assert (resolved["data"]["kind"], resolved["data"]["size"]) == ("imagenet", size)
+    assert (resolved["optimizer"]["kind"], resolved["schedule"]["kind"]) == ("sgd", "cosine")
+    assert (
+        resolved["backbone"].get("stem_stride", 1) == 1 and resolved["backbone"].get("stem", "imagenet") == "imagenet"
+    )
+    found = {**resolved["data"], **resolved["optimizer"], **resolved["schedule"], **resolved["train"]}
+    assert {key: found[key] for key in IMAGENET} == IMAGENET
     assert {part: resolved[part] for part in METHOD} == METHOD
 
 

@@ -25,6 +25,9 @@ class VGG(Backbone):
     layout: ClassVar[tuple[tuple[int, bool], ...]]
 
     width: PositiveFloat = Field(default=1.0, le=64, description="Multiplies every layer's channels.")
+    stem_stride: Literal[1, 2, 4] = Field(
+        default=1, description="Stride of the first convolution, for large images (the paper: not known)."
+    )
     extra_conv: bool = Field(
         default=False, description="A copy of the last convolution in the classifier's place: the network of Best."
     )
@@ -44,7 +47,7 @@ class VGG(Backbone):
             leaving = max(1, round(channels * self.width))
             if norm.affine and i > 1:
                 layers[f"affine{i}"] = ChannelAffine(entering)
-            layers[f"conv{i}"] = self._conv(entering, leaving)
+            layers[f"conv{i}"] = self._conv(entering, leaving, stride=self.stem_stride if i == 1 else 1)
             layers[f"relu{i}"] = nn.ReLU()
             layers[f"transfer{i}"] = Transfer(
                 pooling=pooling.build(POOL_SIZE) if pool else None, dropout=self.dropout, norm=norm.build()
@@ -52,14 +55,14 @@ class VGG(Backbone):
             entering = leaving
         return nn.Sequential(layers)
 
-    def _conv(self, entering: int, leaving: int) -> nn.Conv2d:
-        conv = nn.Conv2d(entering, leaving, kernel_size=3, padding=1, bias=self.bias)
+    def _conv(self, entering: int, leaving: int, *, stride: int) -> nn.Conv2d:
+        conv = nn.Conv2d(entering, leaving, kernel_size=3, stride=stride, padding=1, bias=self.bias)
         if self.init == "kaiming":
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
         return conv
 
     def min_size(self) -> int:
-        return POOL_SIZE ** sum(pool for _, pool in self.layout)
+        return self.stem_stride * POOL_SIZE ** sum(pool for _, pool in self.layout)
 
 
 @register
