@@ -141,7 +141,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert differences(contents(one), contents(other)) == []
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_every_image_counts_once(world_size: int, whole: Path, tmp_path: Path) -> None:
     """Neither 181 validation nor 360 test images fill equal shards for all of these."""
     done = ended(tmp_path / "run", *SHORT, "--nproc", str(world_size), "--json")
@@ -166,15 +166,17 @@ def test_shards_hold_every_image_once() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_ends_the_job_and_the_resumed_run_is_exact(rank: int, whole: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_job(rank: int, whole: Path, tmp_path: Path) -> None:
+    """And the resumed run is exact; once is enough of that."""
     run_dir = tmp_path / "run"
     with under_way(train_line(run_dir, *STEPWISE, "--nproc", "2"), run_dir) as job:
         os.kill(rank_of(job, rank), signal.SIGKILL)
         out, err = job.communicate(timeout=LIMIT)
     said = f"asge-zoo: rank {rank} was killed by SIGKILL, perhaps for want of memory; go on with the same command and"
     assert (job.returncode, out) == (2, "") and err.startswith(said) and err.count("\n") == 1
-    assert ended(run_dir, *STEPWISE, "--nproc", "2", "--resume").returncode == 0
-    assert_same_run(run_dir, whole)
+    if rank == 0:
+        assert ended(run_dir, *STEPWISE, "--nproc", "2", "--resume").returncode == 0
+        assert_same_run(run_dir, whole)
 
 
 def test_all_ranks_killed_during_a_checkpoint(whole: Path, tmp_path: Path) -> None:
@@ -210,10 +212,7 @@ def test_a_restart_must_know_where_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
-def test_a_signal_stops_all_ranks_and_another_number_of_them_goes_on(
-    number: signal.Signals, whole: Path, tmp_path: Path
-) -> None:
-    """Exactly as the same number would but for the order in which gradients are added."""
+def test_a_signal_stops_all_ranks(number: signal.Signals, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with under_way(train_line(run_dir, *STEPWISE, "--nproc", "2"), run_dir) as job:
         job.send_signal(number)
@@ -221,17 +220,17 @@ def test_a_signal_stops_all_ranks_and_another_number_of_them_goes_on(
     assert job.returncode == 128 + number
     assert err.startswith(f"asge-zoo: stopped by {number.name}, its state saved as epoch-") and err.count("\n") == 1
     assert err.endswith("--resume --nproc 2`\n")
+
+
+def test_a_time_limit_saves_and_another_number_of_ranks_goes_on(whole: Path, tmp_path: Path) -> None:
+    """Exactly as the same number would but for the order in which gradients are added."""
+    run_dir = tmp_path / "run"
+    done = ended(run_dir, *STEPWISE, "--nproc", "2", "--time-limit", "0")
+    assert done.returncode == 138 and "its state saved as epoch-0000-step-000001" in done.stderr
     done = ended(run_dir, *STEPWISE, "--resume")
     assert done.returncode == 0 and "world_size than it began with" in done.stderr
     one, two = (safetensors.torch.load_file(folder / "last" / "model.safetensors") for folder in (run_dir, whole))
     assert furthest(one, two) < 1e-3
-
-
-def test_a_time_limit_saves_and_stops(whole: Path, tmp_path: Path) -> None:
-    done = ended(tmp_path / "run", *STEPWISE, "--nproc", "2", "--time-limit", "0")
-    assert done.returncode == 138 and "its state saved as epoch-0000-step-000001" in done.stderr
-    assert ended(tmp_path / "run", *STEPWISE, "--nproc", "2", "--resume").returncode == 0
-    assert_same_run(tmp_path / "run", whole)
 
 
 def test_slurm_says_when_its_time_ends(tmp_path: Path) -> None:

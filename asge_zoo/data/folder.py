@@ -1,6 +1,5 @@
 """Datasets of one's own pictures: `train/` and `val/`, folders of class folders, or FFCV's files made of them."""
 
-import os
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import cache, partial
@@ -19,7 +18,7 @@ from asge_zoo.data.image_loader import Cropping, ImageLoader, ImageSource, Split
 from asge_zoo.data.memory import MAX_SIZE
 from asge_zoo.data.torch_source import FolderSource
 from asge_zoo.errors import DataError, SpecError
-from asge_zoo.ranks import ALONE, Shard, usable_cpus
+from asge_zoo.ranks import ALONE, Shard, local_world_size, usable_cpus
 from asge_zoo.registry import register
 from asge_zoo.seeding import keyed_generator
 
@@ -120,11 +119,11 @@ class FolderDataset(Dataset):
             DataError: pictures are missing, or the library that was asked for can't read them.
             SpecError: the spec's classes or counts are not the folder's.
         """
-        library, workers = self._library(root), self._workers()
+        library = self._library(root)
         open_source = partial(
             library.source,
             cropping=Cropping(self.size, seed, self.augment),
-            workers=workers,
+            workers=self.worker_count(),
             pinned=device.type == "cuda",
         )
         train = open_source(self._part(root, "train", library.suffix))
@@ -157,8 +156,7 @@ class FolderDataset(Dataset):
             seed=seed,
             device=device,
             shard=shard,
-            described=f"{library.name} ({self.folder}/train{library.suffix}), {workers} "
-            f"worker{'' if workers == 1 else 's'}{library.why}",
+            described=f"{library.name} ({self.folder}/train{library.suffix}){library.why}",
         )
 
     def found(self, root: Path) -> str | None:
@@ -168,11 +166,9 @@ class FolderDataset(Dataset):
     def _part(self, root: Path, name: str, suffix: str) -> Path:
         return root / self.folder / f"{name}{suffix}"
 
-    def _workers(self) -> int:
-        """Of this process: its share of the CPUs, where torchrun has started several on this machine."""
-        if self.workers is not None:
-            return self.workers
-        return max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    def worker_count(self) -> int:
+        """Workers of this process: as given, or its share of the CPUs, where torchrun has started several of it."""
+        return max(1, usable_cpus() // local_world_size()) if self.workers is None else self.workers
 
     def _library(self, root: Path) -> Library:
         """By `data.loader`, and for auto by what is here."""
@@ -231,8 +227,12 @@ class ImageNet(FolderDataset):
     def class_names(self) -> tuple[str, ...]:
         return tuple(_imagenet_classes().values())
 
+    def folder_names(self) -> tuple[str, ...]:
+        """The class folders' names, WordNet ids, in the order of the labels."""
+        return tuple(_imagenet_classes())
+
     def check_classes(self, folders: tuple[str, ...]) -> None:
-        ids = tuple(_imagenet_classes())
+        ids = self.folder_names()
         if folders != ids:
             odd = sorted(set(folders) ^ set(ids))[0]
             what = "has no" if odd in ids else "has a"

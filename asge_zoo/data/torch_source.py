@@ -95,7 +95,7 @@ class FolderSource(ImageSource):
                 prefetch_factor=AHEAD if self._workers else None,
                 pin_memory=self._pinned,
                 generator=torch.Generator(),  # else it draws from torch's own, which is not ours to move
-                worker_init_fn=_leave_the_group if self._workers else None,
+                worker_init_fn=_heed_the_parent_alone if self._workers else None,
                 multiprocessing_context=CONTEXT if self._workers else None,
             )
             batches = iter(loader)
@@ -138,7 +138,12 @@ class _Images(Dataset[Tensor | str]):
             return np.asarray(image.convert("RGB").resize(side, Image.Resampling.BILINEAR, box=box))
 
 
-def _leave_the_group(worker: int) -> None:
-    """Ctrl-C reaches a terminal's whole process group; what becomes of the workers is for their parent to decide."""
+def _heed_the_parent_alone(worker: int) -> None:
+    """Take no signal that a terminal sends to its process group, or a cluster to all processes of a job.
+
+    What they stop is the training, in order; the workers end with it, or when they find it gone.
+    """
     if hasattr(os, "setpgrp"):
         os.setpgrp()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)

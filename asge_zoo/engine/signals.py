@@ -55,9 +55,12 @@ class StopSignals:
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler or signal.SIG_DFL)
+        if self._ranks.several and self.received is not None and isinstance(error, RuntimeError):
+            # what speaks to other ranks has failed, and the launcher is ending this one: it has nothing to add
+            raise SystemExit(128 + self.received) from error
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._deferred or (self.received is not None and not self._ranks.several):

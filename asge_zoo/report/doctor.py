@@ -82,7 +82,8 @@ def _data(root: Path) -> list[Check]:
             f"data {row['dataset']}",
             "miss",
             f"not under {root}",
-            "downloaded on first use; without a network, name its parent with --data-root or ASGE_ZOO_DATA",
+            "name the folder it is in with --data-root or ASGE_ZOO_DATA; MNIST, Fashion-MNIST and CIFAR are "
+            "downloaded on first use",
         )
         for row in datasets_found(root)
     ]
