@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 from conftest import Said
 from kill_and_resume import contents, differences
 from pictures import make_folder
@@ -107,16 +109,21 @@ def test_a_damaged_picture_stops_it_and_the_mended_run_is_exact(
         assert differences(contents(run_dir), contents(whole)) == []
 
 
-def test_killed_in_mid_epoch_it_goes_on_exactly(root: Path, whole: Path, tmp_path: Path) -> None:
+def test_killed_in_mid_epoch_it_goes_on_exactly_with_another_number_of_workers(
+    root: Path, whole: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     with subprocess.Popen(train_line(root, run_dir, *FFCV), stderr=subprocess.PIPE) as job:
         while not list(run_dir.glob("checkpoints/epoch-*-step-*")):
             assert job.poll() is None
             time.sleep(0.01)
         os.kill(job.pid, signal.SIGKILL)
-    done = subprocess.run([*train_line(root, run_dir, *FFCV), "--resume"], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0
-    assert differences(contents(run_dir), contents(whole)) == []
+    line = train_line(root, run_dir, *FFCV, "--resume", "--set", "data.workers=3")
+    done = subprocess.run(line, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    for name in ("last/model.safetensors", "last/optimizer.safetensors", "best/model.safetensors"):
+        one, other = (safetensors.torch.load_file(folder / name) for folder in (run_dir, whole))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.parametrize(

@@ -261,7 +261,7 @@ def test_another_spec_is_refused(override: str, said: str, tmp_path: Path, at_st
     before = contents(folder)
     line = cli("train", spec, "--run-dir", folder, "--resume", "--device", "cpu", "--set", override)
     assert (line.code, line.out, len(line.err.splitlines())) == (2, "", 1)
-    assert said in line.err and "train.checkpoint may change" in line.err
+    assert said in line.err and "train.checkpoint and data.workers may change" in line.err
     assert contents(folder) == before
     command = re.findall("`(asge-zoo .*?)`", line.err)[0]
     assert cli(*shlex.split(command)[1:]).code == 0, "the remedy must work"

@@ -242,4 +242,4 @@ def _check_run(folder: Path) -> list[str]:
 
 def may_change(path: str) -> bool:
     """Whether the field at a JSON path may differ between checkpoints of one run (see `run_dir.check_resumable`)."""
-    return path == "train.epochs" or path.startswith("train.checkpoint.")
+    return path in ("train.epochs", "data.workers") or path.startswith("train.checkpoint.")

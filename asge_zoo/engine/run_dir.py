@@ -77,7 +77,8 @@ def resume_command(folder: Path, device: str | None = None, data_root: str | Pat
 def check_resumable(folder: Path, spec: Spec) -> None:
     """Refuse what a run can't go on from: another spec than it was begun by, a directory that is no run.
 
-    `train.checkpoint` may change, and `train.epochs` may grow where the schedule's rates do not depend on it.
+    `train.checkpoint` and `data.workers` may change, and `train.epochs` may grow where the schedule's rates do not
+    depend on it.
 
     Raises:
         SpecError: names the fields that differ.
@@ -107,7 +108,8 @@ def check_resumable(folder: Path, spec: Spec) -> None:
         )
         raise SpecError(
             f"{folder}: was begun by another spec: {fields}. Go on with `{resume_command(folder)}`, or give another "
-            f"--run-dir (train.checkpoint may change, and train.epochs may grow with an extendable schedule)"
+            f"--run-dir (train.checkpoint and data.workers may change, and train.epochs may grow with an extendable "
+            f"schedule)"
         )
 
 
