@@ -85,7 +85,7 @@ class FolderDataset(Dataset):
         description="What decodes: ffcv (.beton files), torch (folders), or auto: ffcv where it and its files are.",
     )
     workers: NonNegativeInt | None = Field(
-        default=None, description="Threads (ffcv) or processes (torch) that decode; null: this process's CPUs."
+        default=None, le=256, description="Threads (ffcv) or processes (torch) that decode; null: this process's CPUs."
     )
 
     @abstractmethod

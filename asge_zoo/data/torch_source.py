@@ -7,6 +7,7 @@ import textwrap
 import threading
 import warnings
 from collections.abc import Generator, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +96,7 @@ class FolderSource(ImageSource):
                 prefetch_factor=AHEAD if self._workers else None,
                 pin_memory=self._pinned,
                 generator=torch.Generator(),  # else it draws from torch's own, which is not ours to move
-                worker_init_fn=_heed_the_parent_alone if self._workers else None,
+                worker_init_fn=partial(_heed_the_parent_alone, os.getpid()) if self._workers else None,
                 multiprocessing_context=CONTEXT if self._workers else None,
             )
             batches = iter(loader)
@@ -138,11 +139,13 @@ class _Images(Dataset[Tensor | str]):
             return np.asarray(image.convert("RGB").resize(side, Image.Resampling.BILINEAR, box=box))
 
 
-def _heed_the_parent_alone(worker: int) -> None:
+def _heed_the_parent_alone(parent: int, worker: int) -> None:
     """Take no signal that a terminal sends to its process group, or a cluster to all processes of a job.
 
     What they stop is the training, in order; the workers end with it, or when they find it gone.
     """
+    if os.getppid() != parent:  # killed since: torch looks for a change from here on
+        os._exit(1)
     if hasattr(os, "setpgrp"):
         os.setpgrp()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):

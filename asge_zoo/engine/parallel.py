@@ -20,6 +20,7 @@ from asge_zoo.ranks import Ranks, here, is_first, launched, restarts, usable_cpu
 from asge_zoo.spec import Spec
 
 HANDLED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # what the launcher passes on
+PER_CPU = 4  # ranks, at most
 QUIET_FOR = 10.0  # seconds in which the launcher ends a rank that is to say nothing
 
 
@@ -115,10 +116,13 @@ def launch(nproc: int, arguments: Sequence[str]) -> int:
 
     Raises:
         RankError: a rank was killed.
-        SpecError: torchrun has started this process already.
+        SpecError: torchrun has started this process already, or the machine can't serve so many.
     """
     if launched():
         raise SpecError("--nproc: torchrun has started the ranks already; leave it out")
+    most = PER_CPU * usable_cpus()
+    if nproc > most:
+        raise SpecError(f"--nproc: {nproc} ranks are more than {usable_cpus()} CPUs can serve; take {most} or fewer")
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
