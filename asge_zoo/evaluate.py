@@ -38,7 +38,7 @@ def evaluate(graph: LocalGraph, batches: Iterable[Batch], ranks: Ranks | None = 
 
     Args:
         graph: the same on every rank.
-        batches: of this rank, at least one.
+        batches: of this rank; of several, one may have none.
         ranks: whose batches together are the split.
     """
     return evaluate_alternatives(graph, batches, ranks)[0]
@@ -50,7 +50,7 @@ def evaluate_alternatives(
 ) -> tuple[Evaluation, list[float]]:
     """As `evaluate`, and the accuracy (percent) of each of the prediction's alternatives, in the same pass."""
     graph.eval()
-    count = units = 0
+    ranks, count, units = ranks or Ranks(), 0, len(graph.local)
     totals: list[torch.Tensor] = []
     for images, labels in batches:
         logits, unit_logits = graph.all_logits(images)
@@ -59,8 +59,10 @@ def evaluate_alternatives(
         choices = [_correct(each, labels) for each in graph.prediction.alternatives(graph.head, unit_logits)]
         sums = [top.sum(), _depth(graph, unit_logits), *measured, *choices]
         totals.append(torch.cat([part.double().flatten() for part in sums]))
-        count, units = count + len(labels), len(unit_logits)
-    summed = (ranks or Ranks()).sum(torch.cat([totals[0].new_tensor([count]), torch.stack(totals).sum(0)]))
+        count += len(labels)
+    width = ranks.max(len(totals[0]) if totals else 0)
+    empty = torch.zeros(width, dtype=torch.float64, device=next(graph.parameters()).device)
+    summed = ranks.sum(torch.cat([empty.new_tensor([count]), sum(totals, empty)]))
     count, total = int(summed[0]), (summed[1:] / summed[0]).tolist()
     end = 2 + 2 * (1 + units)
     accuracy, loss = [100 * share for share in total[2:end:2]], total[3:end:2]

@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's, of cgroup v2
-PATIENCE = timedelta(minutes=10)  # for a rank that lives and does not answer; one that dies is noticed at once
+PATIENCE = timedelta(minutes=30)  # for a rank that lives and does not answer; one that dies is noticed at once
 
 Items = TypeVar("Items", bound=Any)
 Value = TypeVar("Value")
@@ -118,7 +118,19 @@ def joined_ranks() -> Iterator[Ranks]:
 
 def launched() -> bool:
     """Whether torchrun, or something that sets the same environment, started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    return world_size() > 1 and "RANK" in os.environ
+
+
+def lost_rank(error: BaseException) -> bool:
+    """Whether an error says that another rank is gone: torch's own by type, gloo's, which has none, by its words."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and ("gloo" in str(error) or "by peer" in str(error))
+
+
+def job() -> str | None:
+    """What torchrun calls the job that this process is of; None for one that it did not start."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 def restarts() -> int:
@@ -139,6 +151,11 @@ def local_rank() -> int:
 def local_world_size() -> int:
     """How many ranks this machine has."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def world_size() -> int:
+    """How many ranks there are, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def here() -> str:

@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from kill_and_resume import contents, differences
+from pictures import make_folder
 from steps_on_ranks import take_steps
 from torch import Tensor
 
@@ -204,7 +205,10 @@ def test_torchrun_restarts_and_goes_on(whole: Path, tmp_path: Path) -> None:
 def test_a_restart_must_know_where_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert not check_restart(None)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert check_restart(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this")
+    for job, resumed in (("this", True), ("another", False)):
+        (tmp_path / "environment.json").write_text(json.dumps({"job": job}))
+        assert check_restart(tmp_path) is resumed
     with pytest.raises(CheckpointError, match="--run-dir"):
         check_restart(None)
 
@@ -229,6 +233,46 @@ def test_a_time_limit_saves_and_another_number_of_ranks_goes_on(whole: Path, tmp
     assert done.returncode == 0 and "world_size than it began with" in done.stderr
     one, two = (safetensors.torch.load_file(folder / "last" / "model.safetensors") for folder in (run_dir, whole))
     assert furthest(one, two) < 1e-3
+
+
+def test_a_restart_does_not_undo_a_stop(tmp_path: Path) -> None:
+    line = [*TORCHRUN, "--nproc-per-node=2", "--max-restarts=1", *train_line(tmp_path / "run", *STEPWISE)[1:]]
+    done = subprocess.run([*line, "--time-limit=0"], capture_output=True, text=True, timeout=LIMIT, env=QUIET)
+    said = [line for line in done.stderr.splitlines() if line.startswith("asge-zoo:")]
+    assert done.returncode == 1 and len(said) == 2, done.stderr
+    assert said[1].startswith("asge-zoo: stopped before this restart") and (tmp_path / "run" / "stopped").exists()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["epoch-0000-step-000001"]
+
+
+def test_a_rank_without_images_counts_for_nothing(tmp_path: Path) -> None:
+    """Two images to validate on, three ranks: no; one to test on: yes."""
+    make_folder(tmp_path / "images" / "train", classes=2, per_class=10, sizes=(20, 40))
+    spec = {**VGG, "data": {"kind": "imagefolder", "folder": "images", "classes": 2, "size": 16, "loader": "torch"}}
+    spec["data"] |= {"validation": 4, "test": 1, "batch_size": 4, "workers": 0}
+    spec["train"] = {"compile": False, "epochs": 1}
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    done = ended(tmp_path / "run", str(tmp_path / "spec.json"), "--data-root", str(tmp_path), "--nproc", "2", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["test_accuracy"] in (0.0, 100.0)
+
+
+def test_ranks_that_read_other_images_are_refused(tmp_path: Path) -> None:
+    for rank, per_class in enumerate((10, 12)):
+        make_folder(tmp_path / str(rank) / "images" / "train", classes=2, per_class=per_class, sizes=(20, 40))
+    fields = ("folder=images", "classes=2", "size=16", "loader=torch", "validation=4", "test=2", "batch_size=4")
+    sets = [part for field in fields for part in ("--set", f"data.{field}")]
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, sys\nfrom asge_zoo.cli.main import run\n"
+        f"line = ['train', 'vgg8_digits', '--set', 'data.kind=imagefolder', *{sets!r}]\n"
+        f"line += ['--set', 'data.workers=0', '--run-dir', {str(tmp_path / 'run')!r}]\n"
+        f"sys.exit(run([*line, '--data-root', os.path.join({str(tmp_path)!r}, os.environ['RANK'])]))\n"
+    )
+    done = subprocess.run(
+        [*TORCHRUN, "--nproc-per-node=2", str(script)], capture_output=True, text=True, timeout=LIMIT, env=QUIET
+    )
+    said = [line for line in done.stderr.splitlines() if line.startswith("asge-zoo:")]
+    assert len(said) == 1 and "24 images" in said[0] and "give all machines the same" in said[0], done.stderr
 
 
 def test_slurm_says_when_its_time_ends(tmp_path: Path) -> None:

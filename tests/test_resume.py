@@ -516,11 +516,11 @@ def test_a_signal_during_validation_does_not_wait_for_its_end(tmp_path: Path, mo
     real = engine.evaluate_alternatives
     seen = []
 
-    def evaluate(graph: Any, batches: Any) -> Any:
+    def evaluate(graph: Any, batches: Any, ranks: Any) -> Any:
         for batch in batches:
             seen.append(len(batch[1]))
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(graph, batches)
+        return real(graph, batches, ranks)
 
     monkeypatch.setattr(engine, "evaluate_alternatives", evaluate)
     with pytest.raises(Stopped) as caught:

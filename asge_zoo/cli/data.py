@@ -25,9 +25,7 @@ def data() -> None:
     "--from", "source", type=options.PATH, help="A folder of class folders; default <data-root>/imagenet/<split>."
 )
 @click.option("--to", "file", type=options.PATH, help="The file to write; default <data-root>/imagenet/<split>.beton.")
-@click.option(
-    "--split", type=click.Choice(["train", "val"]), default="train", help="Which of ImageNet's folders; default train."
-)
+@click.option("--split", type=click.Choice(["train", "val"]), help="Which of ImageNet's folders; default train.")
 @click.option("--max-resolution", type=int, default=500, help="Shrink to this longer side in pixels; default 500.")
 @click.option("--compress-probability", type=float, default=0.5, help="Share stored as JPEG, not raw; default 0.5.")
 @click.option("--quality", type=int, default=90, help="Of those JPEGs, 1 to 100; default 90.")
@@ -39,7 +37,7 @@ def write(
     kind: str,
     source: Path | None,
     file: Path | None,
-    split: str,
+    split: str | None,
     max_resolution: int,
     compress_probability: float,
     quality: int,
@@ -54,12 +52,14 @@ def write(
     """
     if kind == "imagefolder" and (source is None or file is None):
         raise click.UsageError("imagefolder needs --from and --to.")
+    if kind == "imagefolder" and split is not None:
+        raise click.UsageError("--split is ImageNet's; imagefolder takes what --from names.")
     from asge_zoo.data.base import data_root as root_of
     from asge_zoo.data.beton_writer import class_folders, write_beton
     from asge_zoo.engine.signals import StopSignals
 
     folder = root_of(data_root) / "imagenet"
-    source, file = source or folder / split, file or folder / f"{split}.beton"
+    source, file = source or folder / (split or "train"), file or folder / f"{split or 'train'}.beton"
     if kind == "imagenet" and (count := len(class_folders(source))) != IMAGENET_CLASSES:
         raise DataError(
             f"{source}: has {count} class folders, and ImageNet {IMAGENET_CLASSES}; write other sets by "

@@ -47,7 +47,7 @@ def train(
         options = [part for name, value in given.items() if value is not None for part in (name, str(value))]
         sets = [part for override in overrides for part in ("--set", override)]
         flags = ["--resume"] * resume + ["--json"] * as_json
-        return launch(nproc, ["train", spec, *sets, *options, *flags])
+        return launch(nproc, ["train", spec, *sets, *options, *flags], device)
     try:
         with one_voice():
             loaded = load_spec(spec, overrides=overrides)

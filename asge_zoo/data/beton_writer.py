@@ -146,9 +146,13 @@ def class_folders(source: Path) -> tuple[str, ...]:
 
 def _images_in(source: Path, folder: str) -> list[str]:
     """A class's images by their paths in `source`, in the order of torchvision's ImageFolder."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: can't be read ({error.strerror}); give yourself the right to") from error
+
     names = [
         (Path(root) / name).relative_to(source).as_posix()
-        for root, _, found in sorted(os.walk(source / folder, followlinks=True))
+        for root, _, found in sorted(os.walk(source / folder, onerror=refuse, followlinks=True))
         for name in sorted(found)
         if name.lower().endswith(SUFFIXES)
     ]

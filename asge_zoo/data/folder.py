@@ -156,7 +156,8 @@ class FolderDataset(Dataset):
             seed=seed,
             device=device,
             shard=shard,
-            described=f"{library.name} ({self.folder}/train{library.suffix}){library.why}",
+            described=f"{library.name} ({self.folder}/train{library.suffix}, {len(train.labels):,} images)"
+            f"{library.why}",
         )
 
     def found(self, root: Path) -> str | None:

@@ -142,11 +142,13 @@ class _Images(Dataset[Tensor | str]):
 def _heed_the_parent_alone(parent: int, worker: int) -> None:
     """Take no signal that a terminal sends to its process group, or a cluster to all processes of a job.
 
-    What they stop is the training, in order; the workers end with it, or when they find it gone.
+    What they stop is the training, in order; the workers end with it, by the SIGTERM that torch sends them, or when they
+    find it gone.
     """
     if os.getppid() != parent:  # killed since: torch looks for a change from here on
         os._exit(1)
+    warnings.simplefilter("ignore")  # Pillow's, of odd pictures, once a worker and epoch
     if hasattr(os, "setpgrp"):
         os.setpgrp()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)

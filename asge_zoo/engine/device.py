@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from asge_zoo.errors import SpecError
-from asge_zoo.ranks import local_rank, usable_cpus
+from asge_zoo.ranks import local_rank, local_world_size, usable_cpus
 from asge_zoo.registry import Origin
 
 PACKAGES = (
@@ -40,6 +40,8 @@ def pick_device(name: str | None = None) -> torch.device:
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ":" in name and local_world_size() > 1:
+        raise SpecError(f"--device {name}: each rank has a GPU of its own; write --device cuda")
     if name.partition(":")[0] not in ("cpu", "cuda"):
         raise SpecError(f"--device {name}: is neither cpu nor cuda (or cuda:1 …); `asge-zoo doctor` lists devices")
     try:

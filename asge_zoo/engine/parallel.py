@@ -15,8 +15,9 @@ import torch
 from asge_zoo.compiler.check import parts
 from asge_zoo.data.base import Loader
 from asge_zoo.engine.device import git_revision, package_versions
-from asge_zoo.errors import CheckpointError, RankError, SpecError, ZooError
-from asge_zoo.ranks import Ranks, here, is_first, launched, restarts, usable_cpus
+from asge_zoo.engine.run_dir import job_of
+from asge_zoo.errors import CheckpointError, DataError, RankError, SpecError, ZooError
+from asge_zoo.ranks import Ranks, here, is_first, job, launched, lost_rank, restarts, usable_cpus
 from asge_zoo.spec import Spec
 
 HANDLED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # what the launcher passes on
@@ -48,15 +49,16 @@ def check_alike(ranks: Ranks, spec: Spec) -> None:
 
 
 def check_restart(run_dir: str | Path | None) -> bool:
-    """Whether torchrun restarts the ranks, so that they go on from their last checkpoint.
+    """Whether torchrun restarts the ranks of a run that this job began, so that they go on from its last checkpoint.
 
     Raises:
-        CheckpointError: it does, and a default run directory would not be found again.
+        CheckpointError: it restarts them, and a default run directory would not be found again.
     """
-    restarted = restarts() > 0
-    if restarted and run_dir is None:
+    if restarts() == 0:
+        return False
+    if run_dir is None:
         raise CheckpointError("a restart by torchrun needs to know where to go on: give --run-dir with --max-restarts")
-    return restarted
+    return job_of(Path(run_dir)) == job()
 
 
 def open_loader(spec: Spec, root: Path, device: torch.device, ranks: Ranks) -> Loader:
@@ -64,7 +66,7 @@ def open_loader(spec: Spec, root: Path, device: torch.device, ranks: Ranks) -> L
 
     Raises:
         SpecError: there are more ranks than images to share.
-        DataError: see `Dataset.loader`.
+        DataError: see `Dataset.loader`; or the ranks do not read the same.
     """
     data = parts(spec).data
     for field in ("batch_size", "validation"):
@@ -78,6 +80,10 @@ def open_loader(spec: Spec, root: Path, device: torch.device, ranks: Ranks) -> L
     loader = data.loader(root, seed=spec.train.seed, device=device, shard=ranks.shard)
     if ranks.first:
         ranks.share(None)
+    first, *others = ranks.gather((f"{loader.described}, {loader.steps()} steps an epoch, {device.type}", here()))
+    for opened, where in others:
+        if opened != first[0]:
+            raise DataError(f"{where} reads {opened}, and {first[1]} {first[0]}; give all machines the same")
     return loader
 
 
@@ -99,7 +105,7 @@ def one_voice() -> Iterator[None]:
             error.args = (f"{here()}: {error}",)
         raise
     except RuntimeError as error:
-        if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "by peer" in str(error)):
+        if not lost_rank(error):
             raise
         _await_end()
         raise RankError(f"{here()}: another rank is gone; what that one said tells why. Go on with --resume") from error
@@ -111,7 +117,7 @@ def _await_end() -> None:
     time.sleep(QUIET_FOR)
 
 
-def launch(nproc: int, arguments: Sequence[str]) -> int:
+def launch(nproc: int, arguments: Sequence[str], device: str | None) -> int:
     """Run a command line of asge-zoo as `nproc` ranks on this machine, by torchrun's own launcher; its exit code.
 
     Raises:
@@ -123,6 +129,9 @@ def launch(nproc: int, arguments: Sequence[str]) -> int:
     most = PER_CPU * usable_cpus()
     if nproc > most:
         raise SpecError(f"--nproc: {nproc} ranks are more than {usable_cpus()} CPUs can serve; take {most} or fewer")
+    gpus = torch.cuda.device_count()
+    if nproc > gpus > 0 and not (device or "cuda").startswith("cpu"):
+        raise SpecError(f"--nproc: {nproc} ranks need a GPU each, and there are {gpus}; take fewer, or --device cpu")
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run

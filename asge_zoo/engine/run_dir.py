@@ -14,11 +14,12 @@ from asge_zoo.engine.lock import LOCK
 from asge_zoo.engine.state import TrainState
 from asge_zoo.errors import CheckpointError, SpecError
 from asge_zoo.files import TEMPORARY, json_bytes, make_folder, remove, sweep, write_file
-from asge_zoo.ranks import local_world_size
+from asge_zoo.ranks import local_world_size, world_size
 from asge_zoo.spec import Spec, load_spec
 
 ENVIRONMENT, RESULT, CURVES, UNITS = "environment.json", "result.json", "curves.png", "units.png"
-PER_START = ("command", "host", "platform", "data_root")  # may differ and change no result
+STOPPED = "stopped"  # there while a run waits to be gone on with: the signal that stopped it
+PER_START = ("command", "host", "platform", "data_root", "job")  # may differ and change no result
 
 
 def choose_run_dir(spec: Spec, given: str | Path | None, *, resume: bool) -> Path:
@@ -70,6 +71,8 @@ def resume_command(folder: Path, device: str | None = None, data_root: str | Pat
     line = ["asge-zoo", "train", folder / SPEC, "--run-dir", folder, "--resume"]
     line += [] if device is None else ["--device", device]
     line += [] if data_root is None else ["--data-root", data_root]
+    if world_size() > local_world_size():
+        return f"the same torchrun command and --resume, or {shlex.join(map(str, line))}"
     line += ["--nproc", local_world_size()] if local_world_size() > 1 else []
     return shlex.join(map(str, line))
 
@@ -136,6 +139,8 @@ def start_run_dir(
         this = {"epoch": state.epoch, "step": state.step, **environment}
         environment = {**first, "resumed": [*first.get("resumed", []), this]}
     write_spec(folder, spec)
+    if (folder / STOPPED).exists():
+        remove(folder / STOPPED)
     make_folder(folder / CHECKPOINTS)
     sweep(folder / CHECKPOINTS)
     write_file(folder / ENVIRONMENT, json_bytes(environment))
@@ -155,6 +160,16 @@ def write_spec(folder: Path, spec: Spec) -> None:
             if (folder / name).exists():
                 remove(folder / name)
         write_file(folder / SPEC, content)
+
+
+def job_of(folder: Path) -> str | None:
+    """The torchrun job that last went on with a run; None for none.
+
+    Raises:
+        CheckpointError: `environment.json` is damaged.
+    """
+    first = _first_start(folder) or {}
+    return [first, *first.get("resumed", [])][-1].get("job")
 
 
 def _first_start(folder: Path) -> dict[str, Any] | None:

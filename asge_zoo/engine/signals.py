@@ -1,4 +1,4 @@
-"""What ends a run before its time: SIGINT, SIGTERM, SIGUSR1 (which SLURM sends ahead of its limit), a time limit.
+"""What ends a run before its time: SIGINT, SIGTERM, SIGHUP, SIGUSR1 (SLURM's, ahead of its limit), a time limit.
 
 The first one waits until nothing is half done; a second one does not.
 """
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from asge_zoo.errors import Stopped
 from asge_zoo.ranks import Ranks
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 SLURM_END, SLURM_MARGIN = "SLURM_JOB_END_TIME", 120.0  # when SLURM ends the job, in Unix time; seconds to end before
 Item = TypeVar("Item")
 
@@ -63,6 +63,8 @@ class StopSignals:
             raise SystemExit(128 + self.received) from error
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._ranks.several and not self._deferred and number == signal.SIGTERM:
+            raise SystemExit(128 + number)  # another rank is gone, or the launcher is told to end: it has the word
         if not self._deferred or (self.received is not None and not self._ranks.several):
             raise Stopped(signal.Signals(number))
         self.received = self.received or signal.Signals(number)
@@ -88,11 +90,14 @@ class StopSignals:
             raise StopRequested(signal.Signals(number))
 
     def watch(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, with a `check` before each; not with several ranks, which may have other numbers of them."""
-        for item in items:
-            if not self._ranks.several:
-                self.check()
-            yield item
+        """The items, with a `check` before each; of several ranks, those that have none left go on checking."""
+        left = iter(items)
+        item = next(left, None)
+        while self._ranks.max(int(item is not None)):
+            self.check()
+            if item is not None:
+                yield item
+            item = next(left, None)
 
     def _waiting(self) -> signal.Signals | None:
         if self.received is None and self._deadline is not None and time.monotonic() > self._deadline:

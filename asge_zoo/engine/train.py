@@ -12,6 +12,7 @@ them all and, when the last is done, their `result.json`.
 
 import contextlib
 import json
+import signal
 import textwrap
 import time
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from asge_zoo.engine.progress import RunProgress
 from asge_zoo.engine.result import RunResult, combine, test_best
 from asge_zoo.engine.run_dir import (
     RESULT,
+    STOPPED,
     check_resumable,
     check_unused,
     choose_run_dir,
@@ -48,7 +50,7 @@ from asge_zoo.evaluate import Evaluation, evaluate, evaluate_alternatives
 from asge_zoo.files import WriteError, append_line, json_bytes, write_file
 from asge_zoo.graph.local_graph import LocalGraph
 from asge_zoo.graph.reduction import reduction
-from asge_zoo.ranks import Ranks, joined_ranks
+from asge_zoo.ranks import Ranks, job, joined_ranks, lost_rank, restarts
 from asge_zoo.seeding import keyed_seed
 from asge_zoo.spec import Spec
 
@@ -102,10 +104,14 @@ def train(
             ):
                 if ranks.first and not resume:
                     check_unused(folder)  # another process may have been there since
+                if restarts() and (folder / STOPPED).exists():
+                    raise Stopped(signal.SIGUSR1, "stopped before this restart, and not to be gone on with unasked")
                 return Trainer(chosen, root, ranks, stop, resume).runs(spec, folder)
         except Stopped as stopped:
             if not (folder / SPEC).exists():
                 raise
+            if ranks.first:
+                write_file(folder / STOPPED, f"{stopped.signal.name}\n".encode())
             raise Stopped(stopped.signal, f"{stopped}; {go_on}") from None
         except WriteError as error:
             rest = f", then {go_on}; checkpoints saved before are as they were" if (folder / SPEC).exists() else ""
@@ -186,7 +192,7 @@ class Trainer:
 
     def _environment(self, spec: Spec, loader: Loader) -> dict[str, Any]:
         found = environment(self.device, self.root, spec.plugins)
-        return {**found, "world_size": self.ranks.shard.world_size, "loader": loader.described}
+        return {**found, "world_size": self.ranks.shard.world_size, "loader": loader.described, "job": job()}
 
 
 def try_step(graph: LocalGraph, loader: Loader) -> None:
@@ -198,7 +204,13 @@ def try_step(graph: LocalGraph, loader: Loader) -> None:
     graph.train()
     try:
         graph.step(*next(loader.train_batches(0)))
+    except torch.OutOfMemoryError as error:
+        raise SpecError(
+            "data.batch_size: a step does not fit in the device's memory; lower it, or take more ranks"
+        ) from error
     except Exception as error:  # whatever torch's compiler, or the C++ compiler behind it, raises
+        if lost_rank(error):
+            raise
         reason = textwrap.shorten(str(error), 160, placeholder=" …")
         if "use_deterministic_algorithms" in str(error):
             raise SpecError(
