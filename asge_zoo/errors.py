@@ -8,7 +8,7 @@ ZooError                exit code 2: bad input
 ├── DivergenceError     losses or weights that are no longer finite
 └── RankError           another of the processes that train together is gone
 
-Stopped (a KeyboardInterrupt, and no error) ends what SIGINT, SIGTERM or SIGUSR1 stopped: exit code 130, 143 or 138.
+Stopped (a KeyboardInterrupt, and no error) ends what a signal stopped: exit code 128 and its number, 130 for SIGINT.
 """
 
 from signal import Signals
@@ -45,7 +45,7 @@ class RankError(ZooError):
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT, SIGTERM or SIGUSR1 came, or the time is up; the message says what is saved and how to go on.
+    """SIGINT, SIGTERM, SIGHUP or SIGUSR1 came, or the time is up; the message says what is saved and how to go on.
 
     Args:
         signal: which of them; SIGUSR1 for the time.

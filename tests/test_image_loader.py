@@ -353,7 +353,7 @@ def test_many_loaders_leave_no_noise_and_torchs_threads_alone(root: Path, loader
 
 def test_auto_takes_ffcv_where_it_can(own_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if FFCV:
-        assert load(own_root, "auto").described == "ffcv (pics/train.beton, 40 images)"
+        assert load(own_root, "auto").described == "ffcv (pics/train.beton, 42 images)"
 
     def broken() -> None:
         raise DataError("ffcv can't be imported")
@@ -361,11 +361,11 @@ def test_auto_takes_ffcv_where_it_can(own_root: Path, monkeypatch: pytest.Monkey
     for name in ("train", "val"):
         (own_root / "pics" / f"{name}.beton").touch()
     monkeypatch.setattr(folder_module, "import_ffcv", broken)
-    assert load(own_root, "auto").described == "torch (pics/train, 40 images); ffcv can't be imported"
+    assert load(own_root, "auto").described == "torch (pics/train, 42 images); ffcv can't be imported"
     (own_root / "pics" / "val.beton").unlink()
     missing = own_root / "pics" / "val.beton"
-    assert load(own_root, "auto").described == f"torch (pics/train, 40 images); for ffcv, {missing} is missing"
-    assert load(own_root, "torch").described == "torch (pics/train, 40 images)"
+    assert load(own_root, "auto").described == f"torch (pics/train, 42 images); for ffcv, {missing} is missing"
+    assert load(own_root, "torch").described == "torch (pics/train, 42 images)"
 
 
 @needs_ffcv

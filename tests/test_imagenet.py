@@ -80,10 +80,8 @@ def test_both_loaders_train_to_the_end(root: Path, whole: Path, tmp_path: Path, 
     """And say which of them it was: ffcv where it can be, if nothing else is asked for."""
     said = cli(*train_line(root, tmp_path / "torch", "--set", "data.loader=torch")[3:])
     assert said.code == 0, said.err
-    for folder, reader in (
-        (whole, "ffcv (imagenet_sample/train.beton, 1,000 images)"),
-        (tmp_path / "torch", "torch ("),
-    ):
+    ffcv, torchs = "ffcv (imagenet_sample/train.beton, 1,000 images)", "torch (imagenet_sample/train, 1,000 images)"
+    for folder, reader in ((whole, ffcv), (tmp_path / "torch", torchs)):
         assert json.loads((folder / "environment.json").read_text())["loader"].startswith(reader)
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [(each["train"]["count"], each["validation"]["count"]) for each in records] == [(800, 100)] * 2

@@ -1,7 +1,7 @@
 """`asge-zoo`: what is typed becomes a command, and what goes wrong becomes one line and an exit code.
 
-0 done; 1 the command ran and the answer is no; 2 bad input, missing data or a broken file; 130, 138 and 143 after
-SIGINT, SIGUSR1 and SIGTERM.
+0 done; 1 the command ran and the answer is no; 2 bad input, missing data or a broken file; 129, 130, 138 and 143
+after SIGHUP, SIGINT, SIGUSR1 and SIGTERM.
 """
 
 import os

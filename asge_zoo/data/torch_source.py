@@ -142,8 +142,8 @@ class _Images(Dataset[Tensor | str]):
 def _heed_the_parent_alone(parent: int, worker: int) -> None:
     """Take no signal that a terminal sends to its process group, or a cluster to all processes of a job.
 
-    What they stop is the training, in order; the workers end with it, by the SIGTERM that torch sends them, or when they
-    find it gone.
+    What they stop is the training, in order; the workers end with it, by the SIGTERM that torch sends them, or when
+    they find it gone.
     """
     if os.getppid() != parent:  # killed since: torch looks for a change from here on
         os._exit(1)
