@@ -7,7 +7,7 @@ VGG11's are derived by analogy, from vgg11b of Nøkland & Eidnes (2019).
 from collections import OrderedDict
 from typing import ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
 from asge_zoo.backbones.base import Backbone
@@ -25,8 +25,8 @@ class VGG(Backbone):
     layout: ClassVar[tuple[tuple[int, bool], ...]]
 
     width: PositiveFloat = Field(default=1.0, le=64, description="Multiplies every layer's channels.")
-    stem_stride: Literal[1, 2, 4] = Field(
-        default=1, description="Stride of the first convolution, for large images (the paper: not known)."
+    stem_stride: PositiveInt = Field(
+        default=1, le=4, description="Stride of the first convolution, for large images (the paper: not known)."
     )
     extra_conv: bool = Field(
         default=False, description="A copy of the last convolution in the classifier's place: the network of Best."
