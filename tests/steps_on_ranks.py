@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 
 from asge_zoo.compiler.build import compile_spec
+from asge_zoo.compiler.check import parts
 from asge_zoo.graph.reduction import reduction
 from asge_zoo.ranks import Shard, joined_ranks
 from asge_zoo.spec import Spec, load_spec
@@ -32,7 +33,7 @@ def take_steps(
     graph.to(dtype)
     graph.train()
     graph.reduction = reduction(shards[0], batch_size) if len(shards) == 1 else None
-    info = spec.data.info()  # type: ignore[attr-defined]
+    info = parts(spec).data.info()
     params, buffers = dict(graph.named_parameters()), dict(graph.named_buffers())
     optimizer = torch.optim.SGD(params.values(), lr=0.001, momentum=0.9)
     for step in range(steps):
