@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from asge_zoo.compiler.build import compile_spec
-    from asge_zoo.engine.loading import load
     from asge_zoo.engine.result import RunResult
     from asge_zoo.engine.train import train
     from asge_zoo.graph.local_graph import LocalGraph
     from asge_zoo.graph.rule import StepResult
+    from asge_zoo.hub.models import load
+    from asge_zoo.hub.pull import pull
+    from asge_zoo.hub.push import push
     from asge_zoo.spec import Spec, load_spec
 
 _HOMES = {
@@ -22,12 +24,25 @@ _HOMES = {
     "Spec": "asge_zoo.spec",
     "StepResult": "asge_zoo.graph.rule",
     "compile_spec": "asge_zoo.compiler.build",
-    "load": "asge_zoo.engine.loading",
+    "load": "asge_zoo.hub.models",
     "load_spec": "asge_zoo.spec",
+    "pull": "asge_zoo.hub.pull",
+    "push": "asge_zoo.hub.push",
     "train": "asge_zoo.engine.train",
 }
 
-__all__ = ["LocalGraph", "RunResult", "Spec", "StepResult", "compile_spec", "load", "load_spec", "train"]
+__all__ = [
+    "LocalGraph",
+    "RunResult",
+    "Spec",
+    "StepResult",
+    "compile_spec",
+    "load",
+    "load_spec",
+    "pull",
+    "push",
+    "train",
+]
 
 try:
     __version__ = version("asge-zoo")

@@ -6,7 +6,8 @@ ZooError                exit code 2: bad input
 ├── PluginError         a component of an installed package that does not work
 ├── CheckpointError     a run directory or checkpoint that is missing, damaged or in the way
 ├── DivergenceError     losses or weights that are no longer finite
-└── RankError           another of the processes that train together is gone
+├── RankError           another of the processes that train together is gone
+└── HubError            exit code 3: the network, or the Hub's answer
 
 Stopped (a KeyboardInterrupt, and no error) ends what a signal stopped: exit code 128 and its number, 130 for SIGINT.
 """
@@ -42,6 +43,21 @@ class DivergenceError(ZooError):
 
 class RankError(ZooError):
     """Another of the processes that train together is gone, so training stops."""
+
+
+class HubError(ZooError):
+    """The Hub can't be reached, or answers that it can't be done.
+
+    Args:
+        message: one line.
+        unreachable: whether nothing was learnt of what was asked for, so that a copy in the cache may stand in.
+    """
+
+    exit_code = 3
+
+    def __init__(self, message: str, *, unreachable: bool = False) -> None:
+        super().__init__(message)
+        self.unreachable = unreachable
 
 
 class Stopped(KeyboardInterrupt):

@@ -68,9 +68,7 @@ class Spec(Options):
 
     def digest(self) -> str:
         """sha256 (hex) of the resolved spec in canonical JSON, whatever versions its plugins have."""
-        values = self.model_dump(mode="json", exclude={"plugins"})
-        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return digest_of(self.resolved())
 
     def for_seed(self, seed: int) -> "Spec":
         """The spec of one single run of this one, with that seed."""
@@ -81,6 +79,13 @@ class Spec(Options):
         mine, others = _leaves(self.resolved(), ""), _leaves(other.resolved(), "")
         pairs = {path: (mine.get(path), others.get(path)) for path in {**mine, **others}}
         return {path: (one, two) for path, (one, two) in pairs.items() if one != two}
+
+
+def digest_of(resolved: dict[str, Any]) -> str:
+    """`Spec.digest` of a resolved spec's JSON values, which a later version may resolve otherwise."""
+    values = {key: value for key, value in resolved.items() if key != "plugins"}
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _leaves(value: Any, path: str) -> dict[str, Any]:

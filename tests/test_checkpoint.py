@@ -23,11 +23,12 @@ from asge_zoo import files
 from asge_zoo.compiler.build import compile_spec
 from asge_zoo.engine.checkpoint import check_files, pack
 from asge_zoo.engine.keeper import CheckpointKeeper
-from asge_zoo.engine.loading import all_checkpoints, find_checkpoint, load, load_checkpoint
+from asge_zoo.engine.loading import all_checkpoints, find_checkpoint, load_checkpoint
 from asge_zoo.engine.state import TrainState, begin
 from asge_zoo.engine.train import train_step
 from asge_zoo.errors import CheckpointError
 from asge_zoo.evaluate import Evaluation
+from asge_zoo.hub.models import load
 from asge_zoo.spec import Checkpointing, Spec
 
 pytestmark = pytest.mark.usefixtures("one_thread")

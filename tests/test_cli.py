@@ -144,7 +144,12 @@ def test_what_is_no_checkpoint(what: str, command: str, cli: Cli, here: Path) ->
     elif what == "empty folder":
         path.mkdir()
     said = cli(command, path)
-    assert_refused(said, str(path), "no such file" if what == "nothing" else "neither a checkpoint", "manifest.json")
+    if what == "nothing":
+        assert_refused(
+            said, str(path), "no such file", "user/name on the Hub" if command == "eval" else "manifest.json"
+        )
+    else:
+        assert_refused(said, str(path), "neither a checkpoint", "manifest.json")
 
 
 @pytest.mark.parametrize("device", ["quantum", "cuda:99", "meta"])
@@ -178,7 +183,7 @@ def test_a_run_directory_that_can_not_be_used(what: str, cli: Cli, here: Path) -
         (["validate", "vgg8_digits", "twice"], "twice"),
         (["ls"], "specs"),
         (["ls", "everything"], "datasets"),
-        (["eval"], "CHECKPOINT"),
+        (["eval"], "MODEL"),
         (["eval", "runs", "--split", "train"], "validation"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

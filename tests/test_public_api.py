@@ -14,13 +14,16 @@ from asge_zoo.cli.main import cli as group
 # Changing a line here changes what users type: say so in the commit. Arguments are in capitals.
 COMMAND_LINE = {
     "train": "SPEC --set --run-dir --resume --nproc --time-limit --data-root --device --json",
-    "eval": "CHECKPOINT --split --data-root --device --json",
+    "eval": "MODEL --revision --split --data --data-root --device --json",
+    "predict": "MODEL PICTURES --revision --top-k --batch-size --device --json",
+    "push": ("RUN REPO_ID --revision --private --create-pr --dry-run --no-eval --license --data-root --device --json"),
+    "pull": "REPO_ID --revision --to --json",
     "compare": "RUNS --json",
     "validate": "SPEC --set --json",
     "explain": "SPEC --set --json",
     "schema": "--json",
     "ls": "WHAT --data-root --json",
-    "export": "RUN --timm --json",
+    "export": "RUN --timm --model --data-root --device --json",
     "verify": "PATH --json",
     "bench": "--data --size --workers --rounds --compress-probability --device --json",
     "doctor": "--data-root --json",
@@ -32,7 +35,7 @@ COMMAND_LINE = {
     "plugins check": "NAME --json",
     "plugins new": "NAME --kind --path",
 }
-HEAVY = {"torch", "torchvision", "timm", "numpy", "sklearn", "matplotlib"}
+HEAVY = {"torch", "torchvision", "timm", "numpy", "sklearn", "matplotlib", "huggingface_hub"}
 
 
 def loaded_by(*arguments: str) -> set[str]:

@@ -9,22 +9,36 @@ from asge_zoo.cli import options
 
 
 @click.command("eval")
-@click.argument("checkpoint", type=options.PATH)
+@click.argument("model")
+@options.revision
 @click.option("--split", type=click.Choice(["test", "validation"]), default="test", help="Which images.")
+@click.option("--data", help="Other images than the model's own: a dataset's kind, or its JSON object as in a spec.")
 @options.data_root
 @options.device
 @options.as_json
-def evaluate(checkpoint: Path, split: str, data_root: Path | None, device: str | None, as_json: bool) -> None:
-    """Measure CHECKPOINT (a run directory, by its best one, or a checkpoint folder) on its dataset."""
-    from asge_zoo.compiler.check import parts
+def evaluate(
+    model: str,
+    revision: str | None,
+    split: str,
+    data: str | None,
+    data_root: Path | None,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Measure MODEL on its dataset.
+
+    MODEL is a run directory, by its best checkpoint, a checkpoint, a pulled folder, one of `asge-zoo ls models`, or
+    user/name on the Hub.
+    """
     from asge_zoo.data.base import data_root as find_root
     from asge_zoo.engine.device import pick_device
-    from asge_zoo.engine.loading import find_checkpoint, load_checkpoint
     from asge_zoo.evaluate import evaluate as measure
+    from asge_zoo.hub.models import load_model
 
     chosen, root = pick_device(device), find_root(data_root)
-    graph, spec = load_checkpoint(find_checkpoint(checkpoint), device=chosen)
-    loader = parts(spec).data.loader(root, seed=spec.train.seed, device=chosen)
+    loaded = load_model(model, revision=revision, device=chosen, warn=options.warn)
+    graph, spec = loaded.graph, loaded.spec
+    loader = loaded.dataset(data).loader(root, seed=spec.train.seed, device=chosen)
     found = measure(graph, loader.split_batches(split))
     report = {
         "accuracy": found.accuracy,

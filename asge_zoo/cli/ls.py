@@ -10,17 +10,22 @@ from asge_zoo.cli import options, tables
 
 
 @click.command("ls")
-@click.argument("what", metavar="WHAT", type=click.Choice(["specs", "components", "plugins", "datasets"]))
+@click.argument("what", metavar="WHAT", type=click.Choice(["specs", "components", "plugins", "datasets", "models"]))
 @options.data_root
 @options.as_json
 def ls(what: str, data_root: Path | None, as_json: bool) -> None:
-    """List shipped specs, components by group, what installed plugins provide, or datasets and where they lie."""
+    """List shipped specs, components by group, what plugins provide, datasets and where they lie, or models.
+
+    Models are those that come with the package, and those in the Hub's cache.
+    """
     if what == "specs":
         rows = _specs()
     elif what == "components":
         rows = _components()
     elif what == "plugins":
         rows = _plugins()
+    elif what == "models":
+        rows = _models()
     else:
         rows = _datasets(data_root)
     if as_json:
@@ -32,11 +37,18 @@ def ls(what: str, data_root: Path | None, as_json: bool) -> None:
         print(f"no {what} are installed")
         return
     table = Table(box=None, pad_edge=False)
-    for column in rows[0]:
+    shown = [column for column in rows[0] if not column.endswith("sha256")]
+    for column in shown:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*("-" if value is None else str(value) for value in row.values()))
+        table.add_row(*(_cell(row[column]) for column in shown))
     tables.console().print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def _specs() -> list[dict[str, Any]]:
@@ -73,6 +85,12 @@ def _plugins() -> list[dict[str, Any]]:
         }
         for plugin, error in load_plugins()
     ]
+
+
+def _models() -> list[dict[str, Any]]:
+    from asge_zoo.hub.models import known_models
+
+    return known_models()
 
 
 def _datasets(given: Path | None) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """`asge-zoo`: what is typed becomes a command, and what goes wrong becomes one line and an exit code.
 
-0 done; 1 the command ran and the answer is no; 2 bad input, missing data or a broken file; 129, 130, 138 and 143
-after SIGHUP, SIGINT, SIGUSR1 and SIGTERM.
+0 done; 1 the command ran and the answer is no; 2 bad input, missing data or a broken file; 3 the network or the Hub;
+129, 130, 138 and 143 after SIGHUP, SIGINT, SIGUSR1 and SIGTERM.
 """
 
 import os
@@ -19,13 +19,19 @@ from asge_zoo.cli.explain import explain
 from asge_zoo.cli.export import export
 from asge_zoo.cli.ls import ls
 from asge_zoo.cli.plugins import plugins
+from asge_zoo.cli.predict import predict
+from asge_zoo.cli.pull import pull
+from asge_zoo.cli.push import push
 from asge_zoo.cli.schema import schema
 from asge_zoo.cli.train import train
 from asge_zoo.cli.validate import validate
 from asge_zoo.cli.verify import verify
 from asge_zoo.errors import Stopped, ZooError
 
-COMMANDS = (train, evaluate, compare, validate, explain, schema, ls, plugins, data, export, verify, bench, doctor)
+COMMANDS = (
+    *(train, evaluate, predict, compare, push, pull, validate, explain, schema),
+    *(ls, plugins, data, export, verify, bench, doctor),
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from asge_zoo.data.preprocessing import Preprocessing
 from asge_zoo.errors import DataError, SpecError
 from asge_zoo.ranks import ALONE, Shard
 from asge_zoo.registry import Component
@@ -92,6 +93,8 @@ class Dataset(Component):
     """Contract of a dataset: what it is, and how it is read."""
 
     group: ClassVar[str] = "dataset"
+    hub_id: ClassVar[str | None] = None  # the dataset's own repository on the Hub, for model cards
+    eval_crop: ClassVar[float] = 1.0  # see `Preprocessing.crop`
 
     validation: PositiveInt = Field(
         default=5000, description="Training images held out for selection; the test images never select anything."
@@ -101,6 +104,18 @@ class Dataset(Component):
     @abstractmethod
     def info(self) -> DatasetInfo:
         """What the dataset holds, without reading it."""
+
+    def preprocessing(self) -> Preprocessing:
+        """What makes a picture, of any size, such an image as evaluation has."""
+        info = self.info()
+        return Preprocessing(
+            channels=info.channels,
+            height=info.height,
+            width=info.width,
+            crop=self.eval_crop,
+            mean=list(info.mean),
+            std=list(info.std),
+        )
 
     @abstractmethod
     def loader(self, root: Path, *, seed: int, device: torch.device, shard: Shard = ALONE) -> Loader:

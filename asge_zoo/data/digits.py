@@ -8,7 +8,8 @@ import torch
 from pydantic import Field, PositiveInt
 
 from asge_zoo.data.base import DatasetInfo, Images
-from asge_zoo.data.memory import MAX_SIZE, MemoryDataset
+from asge_zoo.data.memory import MemoryDataset
+from asge_zoo.data.preprocessing import MAX_SIZE
 from asge_zoo.errors import DataError
 from asge_zoo.registry import register
 from asge_zoo.seeding import keyed_generator

@@ -12,10 +12,10 @@ from pydantic_core import PydanticCustomError
 
 from asge_zoo.data.base import Dataset, DatasetInfo
 from asge_zoo.data.beton import import_ffcv
-from asge_zoo.data.crops import ResizedCrop
+from asge_zoo.data.crops import EVAL_SHARE, ResizedCrop
 from asge_zoo.data.ffcv_source import BetonSource
 from asge_zoo.data.image_loader import Cropping, ImageLoader, ImageSource, Split
-from asge_zoo.data.memory import MAX_SIZE
+from asge_zoo.data.preprocessing import MAX_SIZE
 from asge_zoo.data.torch_source import FolderSource
 from asge_zoo.errors import DataError, SpecError
 from asge_zoo.ranks import ALONE, Shard, local_world_size, usable_cpus
@@ -37,7 +37,7 @@ def _distinct(names: list[str]) -> list[str]:
 
 
 Folder = Annotated[str, AfterValidator(_within_the_root)]
-Count = Annotated[int, Field(ge=2)]
+Count = Annotated[int, Field(ge=2, le=100_000)]
 Names = Annotated[list[str], Field(min_length=2), AfterValidator(_distinct)]
 
 
@@ -66,6 +66,7 @@ class FolderDataset(Dataset):
 
     model_config = ConfigDict(serialize_by_alias=True)  # `loader` is the contract's method, too
 
+    eval_crop: ClassVar[float] = EVAL_SHARE
     mean: ClassVar[tuple[float, float, float]] = (0.485, 0.456, 0.406)  # ImageNet's
     std: ClassVar[tuple[float, float, float]] = (0.229, 0.224, 0.225)
 
@@ -222,6 +223,7 @@ class ImageNet(FolderDataset):
     """ImageNet (ILSVRC 2012), 1,000 classes: 1.28 million pictures; the 50,000 validation images are the test."""
 
     kind: Literal["imagenet"] = "imagenet"
+    hub_id: ClassVar[str | None] = "ILSVRC/imagenet-1k"
     folder: Folder = Field(default="imagenet", description="The folder of train and val, under the data root.")
     batch_size: PositiveInt = Field(default=512, description="Images in a training step.")
 

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from asge_zoo.data.augment import Augment, augment_batch
 from asge_zoo.data.base import Batch, Dataset, DatasetInfo, Images, Loader
+from asge_zoo.data.preprocessing import MAX_SIZE
 from asge_zoo.errors import DataError
 from asge_zoo.ranks import ALONE, Shard
 from asge_zoo.seeding import keyed_generator
-
-MAX_SIZE = 1024  # more can't be meant, and would not fit in memory
 
 
 class MemoryDataset(Dataset):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from asge_zoo.data.image_loader import Cropping, ImageSource, Request
+from asge_zoo.data.preprocessing import picture_pixels, unreadable
 from asge_zoo.errors import DataError
 
 # Forked workers start in milliseconds and share the list of files, where spawned ones import torch, are sent the list,
@@ -123,8 +124,7 @@ class _Images(Dataset[Tensor | str]):
             except MemoryError:
                 raise
             except Exception as error:  # whatever a broken file makes Pillow raise; by word, as it crosses processes
-                reason = textwrap.shorten(str(error), 160, placeholder=" …") or type(error).__name__
-                return f"{path}: can't be read as an image ({reason}); repair or remove it"
+                return unreadable(path, error)
         return torch.from_numpy(batch)
 
     def _cropped(self, path: Path, sample: np.int64, epoch: int | None) -> np.ndarray:
@@ -133,10 +133,8 @@ class _Images(Dataset[Tensor | str]):
         with Image.open(path) as image:
             number, heights, widths = (np.array([each]) for each in (sample, image.height, image.width))
             ((top, left, height, width),) = self.cropping.boxes(number, epoch, heights, widths).tolist()
-            box = (left, top, left + width, top + height)
             side = (self.cropping.size, self.cropping.size)
-            # bilinear: of Pillow's filters the nearest to FFCV's, which averages over areas
-            return np.asarray(image.convert("RGB").resize(side, Image.Resampling.BILINEAR, box=box))
+            return picture_pixels(image, (left, top, left + width, top + height), side, "RGB")
 
 
 def _heed_the_parent_alone(parent: int, worker: int) -> None:

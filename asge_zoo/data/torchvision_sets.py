@@ -91,6 +91,7 @@ class MNIST(GreySet):
     """Handwritten digits."""
 
     kind: Literal["mnist"] = "mnist"
+    hub_id = "ylecun/mnist"
     torchvision_name = "MNIST"
     folder = "MNIST"
     class_names = tuple("0123456789")
@@ -102,6 +103,7 @@ class FashionMNIST(GreySet):
     """Articles of clothing."""
 
     kind: Literal["fashion_mnist"] = "fashion_mnist"
+    hub_id = "zalando-datasets/fashion_mnist"
     augment: Augment = Augment(flip=True)
     torchvision_name = "FashionMNIST"
     folder = "FashionMNIST"
@@ -137,6 +139,7 @@ class CIFAR10(CIFAR):
     """Ten classes of animals and vehicles."""
 
     kind: Literal["cifar10"] = "cifar10"
+    hub_id = "uoft-cs/cifar10"
     torchvision_name = "CIFAR10"
     folder = "cifar-10-batches-py"
     class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -148,6 +151,7 @@ class CIFAR100(CIFAR):
     """A hundred classes, 600 images each."""
 
     kind: Literal["cifar100"] = "cifar100"
+    hub_id = "uoft-cs/cifar100"
     torchvision_name = "CIFAR100"
     folder = "cifar-100-python"
     class_names = tuple(

@@ -109,15 +109,6 @@ def _referred_to(run_dir: Path) -> list[Path]:
     return found
 
 
-def load(path: str | Path, *, device: str | torch.device = "cpu") -> LocalGraph:
-    """A trained LocalGraph, in evaluation mode, from a checkpoint or a run directory's best one.
-
-    Raises:
-        CheckpointError: there is no whole, undamaged checkpoint.
-    """
-    return load_checkpoint(find_checkpoint(path), device=device)[0]
-
-
 def load_checkpoint(folder: Path, *, device: str | torch.device = "cpu") -> tuple[LocalGraph, Spec]:
     """A checkpoint's graph, in evaluation mode, and the spec it was trained by; its sums are checked first.
 

@@ -151,12 +151,27 @@ class LocalGraph(nn.Module):
 
     # Inference.
 
+    def truncate(self, count: int) -> None:
+        """Keep the first `count` units alone, and no tensor that only the others use; for inference."""
+        kept = {name for unit in self.units[:count] for name in (*unit.parameters, *unit.constants)}
+        for unit in self.units[count:]:
+            for name in {*unit.parameters, *unit.constants} - kept:
+                owner, _, own = name.rpartition(".")
+                delattr(self.get_submodule(owner), own)
+        self.units, self.templates = self.units[:count], self.templates[:count]
+        self.local = self.local[:count]
+
     def forward(self, images: Tensor) -> Tensor:
         """Class logits (B, N) for images (B, C, H, W); later units than the prediction needs don't run."""
+        return self.classify(images)[0]
+
+    def classify(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward`'s logits (B, N), and how many units ran for each image, (B,), int64."""
         if self.prediction.exits_early:
             return self._infer_leaving(images)
         stop = self.prediction.last_unit(self.head, len(self.units))
-        return self._infer(images, stop, local=self.prediction.uses_unit_logits)[0]
+        logits = self._infer(images, stop, local=self.prediction.uses_unit_logits)[0]
+        return logits, torch.full((len(images),), stop + 1, device=images.device)
 
     def unit_logits(self, images: Tensor) -> list[Tensor]:
         """Each unit's own logits (B, N); empty for a rule without local classifiers."""
@@ -172,10 +187,11 @@ class LocalGraph(nn.Module):
             with full_precision(images):
                 return self.prediction.logits(self.head, kept, unit_logits), unit_logits
 
-    def _infer_leaving(self, images: Tensor) -> Tensor:
-        """Logits (B, N); an image leaves the batch once its depth is reached."""
+    def _infer_leaving(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """As `classify`; an image leaves the batch once its depth is reached."""
         env: dict[str, Tensor] = {INPUT: images}
         rows, logits = torch.arange(len(images), device=images.device), images.new_empty(len(images), self.num_classes)
+        depth = torch.empty_like(rows)
         kept, unit_logits = [], []
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
             for index, unit in enumerate(self.units):
@@ -188,12 +204,13 @@ class LocalGraph(nn.Module):
                         done = torch.ones_like(done)
                     answers = self.prediction.logits(self.head, kept, unit_logits)
                 logits[rows[done]] = answers[done].to(logits.dtype)
+                depth[rows[done]] = index + 1
                 rows = rows[~done]
                 if len(rows) == 0:
                     break
                 kept, unit_logits = [x[~done] for x in kept], [x[~done] for x in unit_logits]
                 env = {name: value[~done] for name, value in unit.leave(after).items()}
-        return logits
+        return logits, depth
 
     def walk(
         self, images: Tensor, *, values: Values | None = None, stop: int | None = None

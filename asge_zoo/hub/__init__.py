@@ -1,0 +1,1 @@
+"""Models on the Hub: what is published, and how it gets there and back."""
