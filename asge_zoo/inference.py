@@ -1,5 +1,6 @@
 """What a trained graph sees in pictures on disk."""
 
+import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -47,7 +48,8 @@ def find_pictures(names: Iterable[str]) -> list[Path]:
     found: list[Path] = []
     for name in names:
         if name == STDIN:
-            found += find_pictures(line for line in sys.stdin.read().splitlines() if line not in ("", STDIN))
+            lines = map(os.fsdecode, sys.stdin.buffer.read().splitlines())  # a name may be of any bytes
+            found += find_pictures(line for line in lines if line not in ("", STDIN))
         elif (path := Path(name)).is_dir():
             inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
             if not inside:

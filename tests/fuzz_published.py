@@ -53,6 +53,7 @@ BASES = {
     "best": ("prediction.kind=best",),
     "exit": ("prediction.kind=vote.early_exit", "prediction.threshold=0.3"),
 }
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 ODD = (
     *(
         None,
@@ -103,6 +104,13 @@ def publish(folder: Path, *overrides: str, evaluated: bool = False) -> Path:
     return folder
 
 
+def content_of(file: Path) -> bytes:
+    """A file's bytes; OSError where it is a pipe or a device, which would keep its reader for ever."""
+    if not file.is_file():
+        raise FileNotFoundError(file)
+    return file.read_bytes()
+
+
 def split(content: bytes) -> tuple[dict[str, Any], bytes]:
     """A safetensors file's header, and its data."""
     end = 8 + int.from_bytes(content[:8], "little")
@@ -118,23 +126,22 @@ def joined(header: Any, data: bytes) -> bytes:
 
 def fit(folder: Path, *, spec: bool = True, tensors: bool = True) -> None:
     """Make all sums right, as far as the files can be read: the manifest's, and the spec's and the tensors' own."""
-    readable = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, IndexError)
     digest = None
     if spec:
-        with contextlib.suppress(*readable):
-            config = json.loads((folder / CONFIG).read_bytes())
+        with contextlib.suppress(*UNREADABLE):
+            config = json.loads(content_of(folder / CONFIG))
             digest = config["spec_sha256"] = digest_of(config["spec"])
             (folder / CONFIG).write_bytes(json_bytes(config))
     if tensors:
-        with contextlib.suppress(*readable):
-            header, data = split((folder / MODEL).read_bytes())
+        with contextlib.suppress(*UNREADABLE):
+            header, data = split(content_of(folder / MODEL))
             places = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
             sums = {name: hashlib.sha256(data[start:end]).hexdigest() for name, (start, end) in places.items()}
             header["__metadata__"]["sha256"] = json.dumps(sums)
             header["__metadata__"]["spec_sha256"] = digest or header["__metadata__"]["spec_sha256"]
             (folder / MODEL).write_bytes(joined(header, data))
-    with contextlib.suppress(*readable):
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+    with contextlib.suppress(*UNREADABLE):
+        manifest = json.loads(content_of(folder / MANIFEST))
         manifest["spec_sha256"] = digest or manifest["spec_sha256"]
         for name in manifest["sha256"]:
             if os.path.basename(name) == name and (folder / name).is_file():
@@ -144,7 +151,7 @@ def fit(folder: Path, *, spec: bool = True, tensors: bool = True) -> None:
 
 def forge(folder: Path, *, tensors: dict[str, Tensor] | None = None, **config: Any) -> None:
     """Put other tensors, or other fields of `config.json`, into a model, and make all sums right."""
-    values = {**json.loads((folder / CONFIG).read_bytes()), **config}
+    values = {**json.loads(content_of(folder / CONFIG)), **config}
     (folder / CONFIG).write_bytes(json_bytes(values))
     if tensors is not None:
         (folder / MODEL).write_bytes(pack(tensors, {"format": "pt", "spec_sha256": values["spec_sha256"]}))
@@ -240,26 +247,24 @@ def add_a_file(folder: Path, draw: random.Random) -> None:
 
 
 def edit_the_card(folder: Path, draw: random.Random) -> None:
+    (folder / "README.md").unlink()  # it may be a pipe
     (folder / "README.md").write_bytes(draw.choice((b"", b"# Mine\n", draw.randbytes(20_000_000))))
 
 
 def change_json(folder: Path, draw: random.Random) -> None:
     """A value somewhere in a JSON file becomes an odd one, goes, or comes."""
     file = folder / draw.choice((CONFIG, CONFIG, CONFIG, MANIFEST, "metrics.json"))
-    value = json.loads(file.read_bytes())
+    value = json.loads(content_of(file))
     _change(value, draw)
     file.write_bytes(json_bytes(value))
 
 
 def _change(value: Any, draw: random.Random) -> None:
-    places: list[Any] = (
-        list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
-    )
+    places: list[Any] = list(value) if isinstance(value, dict) else list(range(len(value)))
     if not places:
         return
-    place = draw.choice(places)
-    chance = draw.random()
-    inner: Any = value[place]
+    place, chance = draw.choice(places), draw.random()
+    inner = value[place]
     if isinstance(inner, (dict, list)) and inner and chance < 0.8:
         _change(inner, draw)
     elif chance < 0.15:
@@ -269,7 +274,8 @@ def _change(value: Any, draw: random.Random) -> None:
     elif chance < 0.4:
         value[place] = _nested(draw.choice((100, 300, 600, 900)), inner)
     elif chance < 0.6 and type(inner) in (int, float):
-        value[place] = draw.choice((inner + 1, inner - 1, inner * 2, inner / 2, -inner, inner * 1e9, str(inner)))
+        number: Any = inner
+        value[place] = draw.choice((number + 1, number - 1, number * 2, number / 2, -number, number * 1e9, str(number)))
     else:
         value[place] = draw.choice(ODD)
 
@@ -282,13 +288,13 @@ def _nested(depth: int, value: Any) -> Any:
 
 def double_a_key(folder: Path, draw: random.Random) -> None:
     """JSON may say a thing twice; the last one counts."""
-    text = (folder / CONFIG).read_text()
+    text = content_of(folder / CONFIG).decode()
     key = draw.choice(("units", "spec_sha256", "classes", "spec", "preprocessing"))
     (folder / CONFIG).write_text(text.rstrip().removesuffix("}") + f', "{key}": {json.dumps(draw.choice(ODD))}}}\n')
 
 
 def swap_a_kind(folder: Path, draw: random.Random) -> None:
-    config = json.loads((folder / CONFIG).read_bytes())
+    config = json.loads(content_of(folder / CONFIG))
     slot = draw.choice(sorted(KINDS))
     config["spec"][slot] = {"kind": draw.choice(KINDS[slot])}
     (folder / CONFIG).write_bytes(json_bytes(config))
@@ -296,7 +302,7 @@ def swap_a_kind(folder: Path, draw: random.Random) -> None:
 
 def ask_for_much(folder: Path, draw: random.Random) -> None:
     """A shape or a number far beyond what the weights have."""
-    config = json.loads((folder / CONFIG).read_bytes())
+    config = json.loads(content_of(folder / CONFIG))
     for path in draw.sample(sorted(HUGE), draw.choice((1, 1, 2))):
         *way, last = path.split(".")
         node = config["spec"]
@@ -316,7 +322,7 @@ def ask_for_much(folder: Path, draw: random.Random) -> None:
 
 def turn_into_another(folder: Path, draw: random.Random) -> None:
     """A whole model of another spec, untrained, truncated where it may not be, or not where it should."""
-    spec = json.loads((folder / CONFIG).read_bytes())["spec"]
+    spec = json.loads(content_of(folder / CONFIG))["spec"]
     slot = draw.choice(sorted(KINDS))
     spec[slot] = {"kind": draw.choice(KINDS[slot])}
     spec["backbone"] = draw.choice((spec["backbone"], {"kind": "vgg11", "width": 0.03}))
@@ -329,12 +335,12 @@ def turn_into_another(folder: Path, draw: random.Random) -> None:
 
 def truncate(folder: Path, draw: random.Random) -> None:
     """Fewer units than the prediction runs, and no tensor of the others."""
-    header, data = split((folder / MODEL).read_bytes())
+    header, data = split(content_of(folder / MODEL))
     count = draw.randrange(1, 7)
     gone = [name for unit in range(count, 8) for name in (f"local.{unit}.", f"backbone.conv{unit + 1}.")]
     kept = {name: entry for name, entry in header.items() if not name.startswith(tuple(gone))}
     (folder / MODEL).write_bytes(_packed(kept, data))
-    config = json.loads((folder / CONFIG).read_bytes())
+    config = json.loads(content_of(folder / CONFIG))
     (folder / CONFIG).write_bytes(json_bytes({**config, "units": count}))
 
 
@@ -354,7 +360,7 @@ def _packed(header: dict[str, Any], data: bytes) -> bytes:
 
 def change_header(folder: Path, draw: random.Random) -> None:
     """A tensor's type, shape, place or name, or the metadata, become others; or the header's own length."""
-    header, data = split((folder / MODEL).read_bytes())
+    header, data = split(content_of(folder / MODEL))
     name = draw.choice(sorted(header))
     entry = header[name]
     types = ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2", "F4", "I64", "U64", "U8", "BOOL", "C64", "X", None, 3)
@@ -363,7 +369,7 @@ def change_header(folder: Path, draw: random.Random) -> None:
     kind = draw.choice(("dtype", "shape", "data_offsets", "name", "gone", "more", "metadata", "length", "odd"))
     if kind == "length":
         length = draw.choice((2**63, 2**64 - 1, 10**8, 2**32, 0, 1, len(data)))
-        content = (folder / MODEL).read_bytes()
+        content = content_of(folder / MODEL)
         (folder / MODEL).write_bytes(length.to_bytes(8, "little") + content[8:])
         return
     if kind == "name":
@@ -386,7 +392,7 @@ def change_header(folder: Path, draw: random.Random) -> None:
 
 def change_numbers(folder: Path, draw: random.Random) -> None:
     """A tensor's numbers, whole ones among them, become huge, negative or none."""
-    header, data = split((folder / MODEL).read_bytes())
+    header, data = split(content_of(folder / MODEL))
     names = sorted(name for name in header if name != "__metadata__")
     name = draw.choice([*names, *["head.unit"] * ("head.unit" in header) * 20])
     start, end = header[name]["data_offsets"]
@@ -411,8 +417,8 @@ class FuzzReport:
         forged: those of them whose sums were made right.
         loaded: that gave an answer.
         refused: by one line.
-        slowest: seconds of the slowest case.
-        most_memory: MiB that a case added, at most; 0 where the system does not tell.
+        slowest: seconds of the slowest case, and which it was.
+        most_memory: MiB that a case added, at most, and which it was; 0 where the system does not tell.
         reasons: how often models were refused for what.
         problems: what was wrong.
     """
@@ -421,8 +427,8 @@ class FuzzReport:
     forged: int = 0
     loaded: int = 0
     refused: int = 0
-    slowest: float = 0.0
-    most_memory: int = 0
+    slowest: tuple[float, str] = (0.0, "")
+    most_memory: tuple[int, str] = (0, "")
     reasons: Counter = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 
@@ -451,7 +457,7 @@ class Fuzzer:
         applied = []
         for _ in range(draw.choice((1, 1, 1, 2, 3))):
             mutation = draw.choice(MUTATIONS)
-            with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # nothing is left
+            with contextlib.suppress(*UNREADABLE), _alarm(SLOW):  # nothing is left to mutate
                 mutation(folder, draw)
                 applied.append(mutation.__name__)
         forged = draw.random() < 0.7
@@ -475,8 +481,8 @@ class Fuzzer:
         seconds, memory = time.perf_counter() - started, _peak() - before
         if seconds > SLOW or memory > GIB:
             self._note(what, f"took {seconds:.1f} s and {memory / GIB:.2f} GiB")
-        self.report.slowest = max(self.report.slowest, seconds)
-        self.report.most_memory = max(self.report.most_memory, memory >> 20)
+        self.report.slowest = max(self.report.slowest, (seconds, what))
+        self.report.most_memory = max(self.report.most_memory, (memory >> 20, what))
         shutil.rmtree(folder)
 
     def _refused(self, what: str, folder: Path, message: str) -> None:

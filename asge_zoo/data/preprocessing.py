@@ -60,9 +60,11 @@ class Preprocessing(Options):
         return pixels.reshape(self.height, self.width, self.channels)
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """From (B, height, width, channels), uint8, to (B, channels, height, width), float32."""
+        """From (B, height, width, channels), uint8, to (B, channels, height, width), float32, contiguous."""
         mean, std = (torch.tensor(x, device=pixels.device)[:, None, None] * 255 for x in (self.mean, self.std))
-        return (pixels.permute(0, 3, 1, 2).to(torch.float32) - mean) / std
+        # convolutions give other bits for another layout, and the loaders' is this one
+        images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        return images.sub_(mean).div_(std)
 
 
 def picture_pixels(picture: Any, box: tuple[int, int, int, int], size: tuple[int, int], mode: str) -> NDArray[np.uint8]:
@@ -76,6 +78,8 @@ def picture_pixels(picture: Any, box: tuple[int, int, int, int], size: tuple[int
     """
     from PIL import Image
 
+    if picture.mode.startswith("I"):  # 16 bits a pixel: Pillow would take all above 255 for white
+        picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
     # bilinear: of Pillow's filters the nearest to FFCV's, which averages over areas
     return np.asarray(picture.convert(mode).resize(size, Image.Resampling.BILINEAR, box=box))
 

@@ -1,18 +1,22 @@
 """The model card: `hub/card.md`, filled in from `metrics.json` and `config.json` alone."""
 
 import json
+from collections.abc import Container
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from asge_zoo.compiler.check import parts
+from asge_zoo.engine.run_dir import CURVES, UNITS
 from asge_zoo.hub.published import Config, hub_folder
 from asge_zoo.spec import Spec
 
 TASK = "image-classification"
 
 
-def render(repo_id: str, config: Config, spec: Spec, metrics: dict[str, Any], *, licence: str, pictures: bool) -> bytes:
+def render(
+    repo_id: str, config: Config, spec: Spec, metrics: dict[str, Any], *, licence: str, pictures: Container[str]
+) -> bytes:
     """`README.md`: metadata that the Hub's client has validated, and text.
 
     Args:
@@ -21,7 +25,7 @@ def render(repo_id: str, config: Config, spec: Spec, metrics: dict[str, Any], *,
         spec: the same as the config's.
         metrics: what `metrics.json` holds.
         licence: of the weights, as the Hub abbreviates it.
-        pictures: whether there is a picture of accuracy by unit.
+        pictures: the names of those that are beside it.
 
     Raises:
         ValueError: the metadata is not what the client allows.
@@ -33,7 +37,7 @@ def render(repo_id: str, config: Config, spec: Spec, metrics: dict[str, Any], *,
         pipeline_tag=TASK,
         license=licence,
         tags=[TASK, "layer-local-learning" if part.rule.layer_local else "backpropagation", f"rule:{part.rule.kind}"],
-        datasets=[part.data.hub_id] if part.data.hub_id else None,
+        datasets=[part.data.hub_id or dataset],
         model_name=spec.name,
         eval_results=None
         if test is None
@@ -64,7 +68,8 @@ def render(repo_id: str, config: Config, spec: Spec, metrics: dict[str, Any], *,
         shape=("B", preprocessing.channels, preprocessing.height, preprocessing.width),
         plugins=sorted({f"`{each.distribution}` {each.version}" for each in spec.plugins if each.distribution}),
         test_by_unit=list(zip(metrics["units"], test["unit_accuracy"], strict=False)) if test else [],
-        has_units=pictures,
+        has_curves=CURVES in pictures,
+        has_units=UNITS in pictures,
         spec=json.dumps(config.spec, indent=2),
         **metrics,
     )

@@ -19,6 +19,8 @@ from asge_zoo.engine.device import package_versions
 from asge_zoo.errors import CheckpointError, HubError, ZooError
 
 TIMEOUT = 20.0  # seconds without a sign of life; the client itself waits for ever, or tries again for minutes
+TROUBLE = 10.0  # seconds from the first failure on after which no further one is tried again; the client does for 23
+RETRIED = (408, 500, 502, 503, 504)  # answers after which the client tries again, when it is told to
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
 LOG_IN = "log in by `hf auth login`, or set HF_TOKEN"
 
@@ -53,7 +55,7 @@ def hub(repo_id: str, revision: str | None = None) -> Iterator[HfApi]:
     if not sys.stderr.isatty():
         disable_progress_bars()
     before = _http._GLOBAL_CLIENT_FACTORY  # of whoever uses this process, too; there is no public way to ask
-    set_client_factory(functools.partial(_session, before))
+    set_client_factory(functools.partial(_session, before, _Patience()))
     try:
         yield HfApi(library_name="asge-zoo", library_version=package_versions()["asge-zoo"])
     except ZooError:
@@ -143,7 +145,7 @@ def _refused(error: errors.HfHubHTTPError, revision: str | None) -> tuple[str, b
     if status in (409, 412):
         return "something else was pushed in the meantime; look at it, and push again", False
     if status >= 500:
-        return f"{constants.ENDPOINT} has an error of its own ({status}); try again later", True
+        return f"{constants.ENDPOINT} {_broken(status)}", True
     said = (error.server_message or "").strip().splitlines()
     return f"the Hub refuses ({status}{', ' + said[0][:160] if said else ''}); see to that", False
 
@@ -153,8 +155,12 @@ def _limited(response: Any) -> str:
     return f"limits how often one may ask; try again {f'in {wait} seconds' if wait.isdigit() else 'later'}"
 
 
-def _silent() -> HubError:
-    return HubError(f"{constants.ENDPOINT}: does not answer; try again later", unreachable=True)
+def _broken(status: int) -> str:
+    return f"has an error of its own ({status}); try again later"
+
+
+def _unreachable(said: str) -> HubError:
+    return HubError(f"{constants.ENDPOINT}: {said}", unreachable=True)
 
 
 def _shown(error: Exception) -> str:
@@ -163,18 +169,19 @@ def _shown(error: Exception) -> str:
     return line.replace(token, "…") if token else line
 
 
-def _session(factory: Callable[[], Any]) -> Any:
-    """The client's own session, with an end to its patience."""
+def _session(factory: Callable[[], Any], patience: "_Patience") -> Any:
+    """The client's own session, with an end to its patience; it takes a new one after some failures."""
     session = factory()
-    session.send = functools.partial(_send, session.send, _Patience())
+    session.send = functools.partial(_send, session.send, patience)
     return session
 
 
 class _Patience:
-    """Gives up on a Hub that is silent for `TIMEOUT` seconds, all told, before there is progress again."""
+    """Gives up on a Hub that is silent for `TIMEOUT` seconds, all told, or fails for `TROUBLE`, without progress."""
 
     def __init__(self) -> None:
         self._silent, self._counted_until = 0.0, 0.0
+        self._trouble_since: float | None = None
 
     @property
     def left(self) -> float:
@@ -183,7 +190,14 @@ class _Patience:
 
     def progress(self) -> None:
         """There was some that is not lost."""
-        self._silent = 0.0
+        self._silent, self._trouble_since = 0.0, None
+
+    def failed(self, said: str) -> None:
+        """Something did, which the client would try again; raises HubError if that has been so for long."""
+        now = time.monotonic()
+        self._trouble_since = self._trouble_since or now
+        if now - self._trouble_since > TROUBLE:
+            raise _unreachable(said) from None
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -197,7 +211,10 @@ class _Patience:
             self._counted_until = now
             if self._silent < TIMEOUT - 1:
                 raise
-            raise _silent() from None
+            raise _unreachable("does not answer; try again later") from None
+        except (httpx2.NetworkError, httpx2.RemoteProtocolError):
+            self.failed("the connection failed; see whether the network is up, and try again")
+            raise
 
 
 def _send(send: Any, patience: _Patience, request: Any, **options: Any) -> Any:
@@ -209,7 +226,11 @@ def _send(send: Any, patience: _Patience, request: Any, **options: Any) -> Any:
     with patience.waiting():
         response = send(request, **options)
     if response.status_code == 429:  # the client would sleep for as long as it is told to
-        raise HubError(f"{constants.ENDPOINT}: {_limited(response)}", unreachable=True)
+        raise _unreachable(_limited(response))
+    if response.status_code in RETRIED:
+        response.headers.pop("Retry-After", None)  # likewise
+        patience.failed(_broken(response.status_code))
+        return response
     if options.get("stream"):
         response.stream = _Body(response.stream, patience)
     else:

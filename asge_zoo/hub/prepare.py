@@ -91,7 +91,7 @@ def prepare(
     pictures = {name: (run_dir / name).read_bytes() for name in (CURVES, UNITS) if (run_dir / name).is_file()}
     files |= {
         METRICS: json_bytes(metrics),
-        CARD: render(repo_id, config, spec, metrics, licence=licence, pictures=UNITS in pictures),
+        CARD: render(repo_id, config, spec, metrics, licence=licence, pictures=pictures),
         **pictures,
     }
     return {**files, MANIFEST: _manifest(files, config)}

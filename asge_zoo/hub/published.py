@@ -41,6 +41,7 @@ FILES = (MODEL, CONFIG, METRICS, CARD, CURVES, UNITS, MANIFEST)
 NEEDED = (MODEL, CONFIG)
 MAX_BYTES = 16 * 2**20  # of any file but the weights, and of the weights' header
 MAX_JSON_BYTES = 2 * 2**20  # a hundred times a thousand classes'; a stranger's would take seconds and gigabytes
+MAX_MAP = 2**24  # numbers in a unit's map of one image: VGG8's at 256 pixels; images cost a stranger no bytes
 MAX_MESSAGE = 1000  # characters, of what a stranger's file makes us say
 
 # What other libraries would unpickle or run; a model has none of it.
@@ -146,25 +147,26 @@ def check_published(folder: Path) -> list[str]:
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
     if foreign := foreign_files(names):
         return [_legible(f"{folder / foreign[0]}: could be unpickled or run, so this is no model of asge-zoo's")]
-    if large := [line for name in FILES for line in _too_large(folder / name)]:
-        return large
     try:
+        if large := [line for name in FILES for line in _too_large(folder / name)]:
+            return large
         return [_legible(problem) for problem in check_files(folder, NEEDED)]
-    except OSError as error:
-        return [f"{folder / MANIFEST}: lists what can't be a file ({error.strerror})"]
+    except OSError as error:  # a file that may not be read, a name in the manifest that is too long for one
+        return [f"{_legible(str(error.filename))}: can't be read ({error.strerror})"]
     except RuntimeError:  # torch's, of types that it can't compute with
         return [f"{folder / MODEL}: holds tensors of a type that no model has"]
 
 
 def _too_large(file: Path) -> list[str]:
-    """That it takes more memory or time than a model's would, if so; the weights' own size is as it may be."""
-    size, most = 0, MAX_JSON_BYTES if file.suffix == ".json" else MAX_BYTES
-    if file.name not in (MODEL, CARD) and file.is_file():
-        size = file.stat().st_size
-    elif file.name == MODEL and file.is_file():
+    """That reading it would take more memory or time than a model's does, if so; the weights may be of any size."""
+    if file.name == CARD or not file.is_file():
+        return []
+    size, what = file.stat().st_size, "is"
+    if file.name == MODEL:
         with open(file, "rb") as content:
-            size = int.from_bytes(content.read(8), "little")  # of the header
-    return [f"{file}: is or begins with more than {most:,} bytes, which no model's does"] if size > most else []
+            size, what = int.from_bytes(content.read(8), "little"), "has a header of"
+    most = MAX_JSON_BYTES if file.suffix == ".json" else MAX_BYTES
+    return [f"{file}: {what} more than {most:,} bytes, which no model's is"] if size > most else []
 
 
 def _legible(message: str) -> str:
@@ -223,13 +225,15 @@ def check_loadable(folder: Path) -> tuple[Config, Spec]:
     Raises:
         CheckpointError: see `load_published`.
     """
-    edited = [f"{folder / CARD}: {what}" for what in ("is missing", "its sha256 is not the manifest's")]
+    edited = [_legible(f"{folder / CARD}: {what}") for what in ("is missing", "its sha256 is not the manifest's")]
     if problems := [problem for problem in check_published(folder) if problem not in edited]:
         raise CheckpointError(f"{problems[0]}; remove what is not the model's, or fetch it again")
     config, spec = read_config(folder / CONFIG)
     with torch.device("meta"):  # heads and projections, too: no more memory is taken than the weights' own
         graph = _built(folder / CONFIG, spec, "meta")
-    trained_units = len(graph.units)
+    trained_units, largest = len(graph.units), max(unit.channels * unit.height * unit.width for unit in graph.units)
+    if largest > MAX_MAP:
+        raise _refusal(folder / CONFIG, f"spec: makes a map of {largest:,} numbers, and at most {MAX_MAP:,} may be")
     if config.units > trained_units:
         raise _refusal(folder / CONFIG, f"units: {config.units} of a network of {trained_units}")
     graph.truncate(config.units)
