@@ -24,7 +24,7 @@ def test_both_loaders_are_timed_at_every_size(cli: Cli, tmp_path: Path) -> None:
     assert list(found["sizes"]) == ["32", "48"]
     assert found["loaders"] == {name: found["sizes"]["32"][name] for name in ("ffcv", "torch")}
     assert (found["pictures"], found["workers"], found["rounds"]) == (320, 1, 2)
-    assert found["packages"]["ffcv"] and found["cpus"] >= 1 and found["device"]
+    assert found["versions"]["ffcv"] and found["cpus"] >= 1 and found["device"]
     for measured in found["sizes"].values():
         for name in ("ffcv", "torch"):
             pace = measured[name]

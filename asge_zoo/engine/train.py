@@ -268,12 +268,7 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor) -> None:
     own = (rank,) if rank else ()  # dropout, whose draws these are, differs from rank to rank
     torch.manual_seed(keyed_seed(state.spec.train.seed, "step", state.epoch, state.step, *own))
     result = state.graph.step(images, labels)
-    for name, gradient in result.grads.items():
-        state.parameters[name].grad = gradient
-    state.optimizer.step()
-    state.scheduler.step()
-    for name, value in result.buffers.items():
-        state.buffers[name].copy_(value)
+    state.update(result)
     state.meter.update(result, labels)
     state.step += 1
 

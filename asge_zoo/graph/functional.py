@@ -37,3 +37,12 @@ def own_code(method: MethodType) -> Callable[..., Any]:
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_copies)}")
     copy = FunctionType(code, function.__globals__, closure=function.__closure__)
     return MethodType(copy, method.__self__)
+
+
+def compiled(method: MethodType) -> Callable[..., Any]:
+    """A bound method compiled as one graph.
+
+    A value that several operations read is stored where computing it takes three reads or more, such as a normalised
+    map; torch's default of five computes it once for the convolution and once for its gradient.
+    """
+    return torch.compile(own_code(method), fullgraph=True, options={"realize_reads_threshold": 2})

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from asge_zoo.graph.functional import bind, full_precision, own_code
+from asge_zoo.graph.functional import bind, compiled, full_precision
 from asge_zoo.graph.prediction import Prediction
 from asge_zoo.graph.reduction import Reduction
 from asge_zoo.graph.rule import LayerLocalRule, Rule, StepResult, UnitResult
@@ -118,6 +118,7 @@ class LocalGraph(nn.Module):
 
     def step_fn(self, params: Values, state: Values, images: Tensor, labels: Tensor) -> StepResult:
         """One training step as a pure function of parameters, buffers and a batch (see `Rule.step`)."""
+        images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
             found = self.rule.step(self, params, state, images, labels)
             return found if self.reduction is None else self._reduced(found, self.reduction)
@@ -140,7 +141,7 @@ class LocalGraph(nn.Module):
         if not self.compiled:
             return self.step_fn
         if not self.templates:
-            return torch.compile(own_code(cast(MethodType, self.step_fn)), fullgraph=True)
+            return compiled(cast(MethodType, self.step_fn))
         self._unit_step = SharedSteps(self, self.templates)
         return self.step_fn
 
