@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from asge_zoo.compiler.check import Parts
 from asge_zoo.graph.local_graph import LocalGraph
@@ -37,7 +38,7 @@ def classifier(part: Parts, device: torch.device) -> Classifier:
     with torch.no_grad():
         features = backbone.eval()(torch.zeros(2, info.channels, info.height, info.width))
     network = Classifier(backbone, features.shape[1], len(info.classes)).train()
-    return network.to(device, memory_format=torch.channels_last)
+    return convert_conv2d_weight_memory_format(network.to(device), torch.channels_last)
 
 
 def backprop_step(

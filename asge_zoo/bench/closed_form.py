@@ -20,7 +20,7 @@ def has_closed_form(graph: LocalGraph) -> bool:
 
 def _convolves_and_rectifies(unit: Unit) -> bool:
     convolution, relu = (step.call for step in unit.steps[:2])
-    plain = type(convolution) is nn.Conv2d and convolution.padding_mode == "zeros" and type(relu) is nn.ReLU
+    plain = isinstance(convolution, nn.Conv2d) and isinstance(convolution.padding, tuple) and isinstance(relu, nn.ReLU)
     return plain and unit.steps[1].name == unit.activation and len(unit.parameters) == len(unit.steps[0].tensors)
 
 

@@ -42,7 +42,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def convolutions(network: nn.Module, image_shape: tuple[int, ...], batch_size: int) -> list[Convolution]:
-    """The convolutions of a network on the meta device, in the order in which a batch of images (C, H, W) meets them."""
+    """The convolutions of a network on the meta device, as a batch of images (C, H, W) meets them."""
     with torch.no_grad(), _Recorder() as recorder:
         network(torch.empty(batch_size, *image_shape, device="meta"))
     return recorder.found

@@ -39,10 +39,18 @@ def own_code(method: MethodType) -> Callable[..., Any]:
     return MethodType(copy, method.__self__)
 
 
-def compiled(method: MethodType) -> Callable[..., Any]:
-    """A bound method compiled as one graph.
+# How torch's compiler is to go about a step.
+COMPILER = {
+    # Operations run in the order in which they are written, a unit's gradient before the next unit's forward: what the
+    # compiler would reorder and fuse across units (all that reads the labels) keeps several units' maps alive at once.
+    "reorder_for_peak_memory": False,
+    "score_fusion_memory_threshold": 2**16,  # bytes that two operations read in common, for them to be fused
+    # A value that several operations read is stored if three reads or more make it, such as a normalised map; by
+    # torch's default, five, it is computed and stored once for the convolution and once more for its gradient.
+    "realize_reads_threshold": 2,
+}
 
-    A value that several operations read is stored where computing it takes three reads or more, such as a normalised
-    map; torch's default of five computes it once for the convolution and once for its gradient.
-    """
-    return torch.compile(own_code(method), fullgraph=True, options={"realize_reads_threshold": 2})
+
+def compiled(method: MethodType) -> Callable[..., Any]:
+    """A bound method compiled as one graph."""
+    return torch.compile(own_code(method), fullgraph=True, options=COMPILER)

@@ -40,8 +40,7 @@ class SharedSteps:
             for unit, template in zip(graph.units, templates, strict=True)
         ]
         self._steps: dict[int, Callable[..., UnitResult]] = {
-            index: compiled(cast(MethodType, UnitStep(graph, index).run))
-            for index in set(templates)
+            index: compiled(cast(MethodType, UnitStep(graph, index).run)) for index in set(templates)
         }
 
     def __call__(self, index: int, own: Values, constants: Values, env: Values, labels: Tensor) -> UnitResult:
