@@ -16,8 +16,8 @@ from asge_zoo.bench.closed_form import ClosedForm, has_closed_form
 from asge_zoo.bench.kernels import bare_kernels, convolutions
 from asge_zoo.compiler.build import compile_spec
 from asge_zoo.compiler.check import parts
-from asge_zoo.engine.state import TrainState, begin, laid_out_like
-from asge_zoo.graph.functional import compiled
+from asge_zoo.engine.state import TrainState, begin
+from asge_zoo.graph.functional import compiled, laid_out_like
 from asge_zoo.graph.local_graph import LocalGraph
 from asge_zoo.spec import Spec
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from asge_zoo.compiler.agree import check_units
 from asge_zoo.compiler.check import check_spec, parts
@@ -87,7 +86,7 @@ def compile_spec(spec: Spec, *, device: str | torch.device = "cpu") -> LocalGrap
         compile=spec.train.compile,
         templates=templates(units, local, kept, pieces.values) if deep else (),
     )
-    return convert_conv2d_weight_memory_format(graph.to(device), torch.channels_last)  # the fastest layout
+    return graph.to(device)
 
 
 def _with_classifier(unit: Unit, index: int, classifier: nn.Module) -> Unit:

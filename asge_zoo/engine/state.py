@@ -87,7 +87,7 @@ class TrainState:
     def update(self, result: StepResult) -> None:
         """Change parameters and buffers by what a step found; no parameter keeps its gradient."""
         for name, gradient in result.grads.items():
-            self.parameters[name].grad = laid_out_like(self.parameters[name], gradient)
+            self.parameters[name].grad = gradient
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scheduler.step()
@@ -230,8 +230,7 @@ class TrainState:
         moments: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(names))}
         for key, tensor in tensors.items():
             name, _, what = key.rpartition("|")
-            laid_out = laid_out_like(self.parameters[name], tensor) if tensor.dim() else tensor
-            moments[names.index(name)][what] = laid_out
+            moments[names.index(name)][what] = tensor
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def _restore_schedule(self, saved: SavedState) -> None:
@@ -259,11 +258,6 @@ def begin(
     optimizer = parts(spec).optimizer.build(groups)
     scheduler = parts(spec).schedule.build(optimizer, spec.train.epochs * steps_per_epoch)
     return TrainState(spec, steps_per_epoch, graph, optimizer, scheduler, started, ranks or Ranks())
-
-
-def laid_out_like(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """A tensor of a parameter's shape, in its layout: fused optimizers read memory as it lies, whatever the strides."""
-    return tensor if tensor.stride() == parameter.stride() else torch.empty_like(parameter).copy_(tensor)
 
 
 def _kept_by_optimizer(spec: Spec) -> dict[str, bool]:

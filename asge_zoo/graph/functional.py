@@ -24,6 +24,11 @@ def bind(module: nn.Module, prefix: str, values: Values) -> Callable[..., Any]:
     return lambda *args: functional_call(module, tensors, args)
 
 
+def laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient in its parameter's layout: fused optimizers read memory as it lies, whatever the strides say."""
+    return gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
+
+
 _copies = itertools.count()
 
 

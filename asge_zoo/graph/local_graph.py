@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from asge_zoo.graph.functional import bind, compiled, full_precision
+from asge_zoo.graph.functional import bind, compiled, full_precision, laid_out_like
 from asge_zoo.graph.prediction import Prediction
 from asge_zoo.graph.reduction import Reduction
 from asge_zoo.graph.rule import LayerLocalRule, Rule, StepResult, UnitResult
@@ -118,10 +118,11 @@ class LocalGraph(nn.Module):
 
     def step_fn(self, params: Values, state: Values, images: Tensor, labels: Tensor) -> StepResult:
         """One training step as a pure function of parameters, buffers and a batch (see `Rule.step`)."""
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)  # in which convolutions run fastest
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
             found = self.rule.step(self, params, state, images, labels)
-            return found if self.reduction is None else self._reduced(found, self.reduction)
+            found = found if self.reduction is None else self._reduced(found, self.reduction)
+        return found._replace(grads={name: laid_out_like(params[name], x) for name, x in found.grads.items()})
 
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         """`step_fn`, compiled if the spec says so, on this module's own tensors. Changes nothing.

@@ -25,7 +25,8 @@ class StepResult(NamedTuple):
     """What one training step found; nothing has been changed by it.
 
     Attributes:
-        grads: a gradient for every trainable parameter, by its name in `named_parameters()`.
+        grads: a gradient for every trainable parameter, by its name in `named_parameters()`; of a graph's step, in its
+            parameter's layout.
         losses: (units,) local losses, or (1,) for a rule with one global loss.
         unit_logits: per unit (B, N); empty for a rule without local logits.
         logits: (B, N) of the prediction strategy; None for a rule with candidate labels.
