@@ -171,8 +171,9 @@ class LayerLocalRule(Rule):
         env: dict[str, Tensor] = {INPUT: images}
         found: list[UnitResult] = []
         for index, unit in enumerate(graph.units):
-            found.append(graph.unit_step(index, params, state, env, labels))
-            env = unit.leave({**env, **found[-1].made})
+            result = graph.unit_step(index, params, state, env, labels)
+            env = unit.leave({**env, **result.made})
+            found.append(result._replace(made={}))  # only what a later unit still reads is kept
         grads = {name: grad for result in found for name, grad in result.grads.items()}
         buffers = {name: value for result in found for name, value in result.buffers.items()}
         unit_logits = [logits for result in found for logits in result.logits]
