@@ -28,7 +28,7 @@ ORDER = (
     ("export", "hub"),
     ("conformance",),
     ("testing",),
-    ("report",),
+    ("report", "bench"),
     ("cli",),
     ("__init__", "__main__"),
 )

@@ -28,6 +28,8 @@ from asge_zoo.cli.validate import validate
 from asge_zoo.cli.verify import verify
 from asge_zoo.errors import Stopped, ZooError
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages: fewer misses, fewer faults
+
 COMMANDS = (
     *(train, evaluate, predict, compare, push, pull, validate, explain, schema),
     *(ls, plugins, data, export, verify, bench, doctor),

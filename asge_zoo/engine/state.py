@@ -28,6 +28,7 @@ from asge_zoo.engine.meter import EpochRecord, Stopwatch, TrainMeter
 from asge_zoo.errors import CheckpointError, DivergenceError
 from asge_zoo.evaluate import Evaluation
 from asge_zoo.graph.local_graph import LocalGraph
+from asge_zoo.graph.rule import StepResult
 from asge_zoo.ranks import Ranks
 from asge_zoo.spec import Spec
 
@@ -82,6 +83,16 @@ class TrainState:
     def finished(self) -> bool:
         """Whether all epochs are done."""
         return self.epoch >= self.spec.train.epochs
+
+    def update(self, result: StepResult) -> None:
+        """Change parameters and buffers by what a step found; no parameter keeps its gradient."""
+        for name, gradient in result.grads.items():
+            self.parameters[name].grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        for name, value in result.buffers.items():
+            self.buffers[name].copy_(value)
 
     def end_epoch(self, validation: Evaluation) -> EpochRecord:
         """Close the epoch under way; settles whether it is the best so far.

@@ -24,6 +24,11 @@ def bind(module: nn.Module, prefix: str, values: Values) -> Callable[..., Any]:
     return lambda *args: functional_call(module, tensors, args)
 
 
+def laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient in its parameter's layout: fused optimizers read memory as it lies, whatever the strides say."""
+    return gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
+
+
 _copies = itertools.count()
 
 
@@ -37,3 +42,20 @@ def own_code(method: MethodType) -> Callable[..., Any]:
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_copies)}")
     copy = FunctionType(code, function.__globals__, closure=function.__closure__)
     return MethodType(copy, method.__self__)
+
+
+# How torch's compiler is to go about a step.
+COMPILER = {
+    # Operations run in the order in which they are written, a unit's gradient before the next unit's forward: what the
+    # compiler would reorder and fuse across units (all that reads the labels) keeps several units' maps alive at once.
+    "reorder_for_peak_memory": False,
+    "score_fusion_memory_threshold": 2**16,  # bytes that two operations read in common, for them to be fused
+    # A value that several operations read is stored if three reads or more make it, such as a normalised map; by
+    # torch's default, five, it is computed and stored once for the convolution and once more for its gradient.
+    "realize_reads_threshold": 2,
+}
+
+
+def compiled(method: MethodType) -> Callable[..., Any]:
+    """A bound method compiled as one graph."""
+    return torch.compile(own_code(method), fullgraph=True, options=COMPILER)

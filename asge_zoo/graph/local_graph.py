@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from asge_zoo.graph.functional import bind, full_precision, own_code
+from asge_zoo.graph.functional import bind, compiled, full_precision, laid_out_like
 from asge_zoo.graph.prediction import Prediction
 from asge_zoo.graph.reduction import Reduction
 from asge_zoo.graph.rule import LayerLocalRule, Rule, StepResult, UnitResult
@@ -118,9 +118,12 @@ class LocalGraph(nn.Module):
 
     def step_fn(self, params: Values, state: Values, images: Tensor, labels: Tensor) -> StepResult:
         """One training step as a pure function of parameters, buffers and a batch (see `Rule.step`)."""
+        if self.compiled:  # in which convolutions run fastest; eager, narrow ones of stride 2 crash oneDNN there
+            images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
             found = self.rule.step(self, params, state, images, labels)
-            return found if self.reduction is None else self._reduced(found, self.reduction)
+            found = found if self.reduction is None else self._reduced(found, self.reduction)
+        return found._replace(grads={name: laid_out_like(params[name], x) for name, x in found.grads.items()})
 
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         """`step_fn`, compiled if the spec says so, on this module's own tensors. Changes nothing.
@@ -140,7 +143,7 @@ class LocalGraph(nn.Module):
         if not self.compiled:
             return self.step_fn
         if not self.templates:
-            return torch.compile(own_code(cast(MethodType, self.step_fn)), fullgraph=True)
+            return compiled(cast(MethodType, self.step_fn))
         self._unit_step = SharedSteps(self, self.templates)
         return self.step_fn
 

@@ -25,7 +25,8 @@ class StepResult(NamedTuple):
     """What one training step found; nothing has been changed by it.
 
     Attributes:
-        grads: a gradient for every trainable parameter, by its name in `named_parameters()`.
+        grads: a gradient for every trainable parameter, by its name in `named_parameters()`; of a graph's step, in its
+            parameter's layout.
         losses: (units,) local losses, or (1,) for a rule with one global loss.
         unit_logits: per unit (B, N); empty for a rule without local logits.
         logits: (B, N) of the prediction strategy; None for a rule with candidate labels.
@@ -170,8 +171,9 @@ class LayerLocalRule(Rule):
         env: dict[str, Tensor] = {INPUT: images}
         found: list[UnitResult] = []
         for index, unit in enumerate(graph.units):
-            found.append(graph.unit_step(index, params, state, env, labels))
-            env = unit.leave({**env, **found[-1].made})
+            result = graph.unit_step(index, params, state, env, labels)
+            env = unit.leave({**env, **result.made})
+            found.append(result._replace(made={}))  # only what a later unit still reads is kept
         grads = {name: grad for result in found for name, grad in result.grads.items()}
         buffers = {name: value for result in found for name, value in result.buffers.items()}
         unit_logits = [logits for result in found for logits in result.logits]

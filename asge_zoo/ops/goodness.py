@@ -88,7 +88,7 @@ class PatchMeanSquare(nn.Module):
         if self.even:
             p = self.partition
             batch, channels, height, width = square.shape
-            patches = square.reshape(batch, channels, p, height // p, p, width // p).mean((3, 5))
+            patches = square.reshape(batch, channels, p, height // p, p, width // p).mean(5).mean(3)
         else:
             patches = self.row_bins.to(wide) @ square @ self.column_bins.to(wide).mT
         return patches.flatten(1)

@@ -49,7 +49,10 @@ class SampleLayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[1:], eps=self.eps)
+        if x.is_contiguous():
+            return F.layer_norm(x, x.shape[1:], eps=self.eps)
+        by_pixel = x.permute(0, 2, 3, 1)  # so that a map with channels last stays one
+        return F.layer_norm(by_pixel, by_pixel.shape[1:], eps=self.eps).permute(0, 3, 1, 2)
 
 
 class SampleRMSNorm(nn.Module):

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
+from asge_zoo.bench.machine import machine
 from asge_zoo.data.beton_writer import COMPRESS_PROBABILITY, RESOLUTION_LIMIT, class_folders, write_beton
 from asge_zoo.data.folder import ImageFolder
 from asge_zoo.data.image_loader import ImageLoader
-from asge_zoo.engine.device import device_name, package_versions
 from asge_zoo.errors import DataError
-from asge_zoo.ranks import usable_cpus
 
 LOADERS = ("ffcv", "torch")
 BATCH = 32  # small, so that the last batches, for which not all workers are needed, count for little
@@ -94,10 +93,7 @@ def compare_loaders(
         "workers": workers,
         "rounds": rounds,
         "compress_probability": compress_probability,
-        "device": device_name(device),
-        "cpu": device_name(torch.device("cpu")),
-        "cpus": usable_cpus(),
-        "packages": package_versions(),
+        **machine(device),
     }
 
 

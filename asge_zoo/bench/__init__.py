@@ -1,0 +1,1 @@
+"""What a step, a loader and a command take, measured side by side with what else there is."""

@@ -1,0 +1,135 @@
+"""The ways to train a spec's network that `bench` compares, each as a function that does one step.
+
+A step is all that a batch costs: gradients, the optimizer's step (the spec's own, at its first learning rate), running
+statistics. The kernels alone have no optimizer. Every variant has a network of its own and reads the same batch.
+"""
+
+from collections.abc import Callable
+from types import MethodType
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from asge_zoo.bench.baselines import LayerLoop, backprop_step, classifier, loops_over
+from asge_zoo.bench.closed_form import ClosedForm, has_closed_form
+from asge_zoo.bench.kernels import bare_kernels, convolutions
+from asge_zoo.compiler.build import compile_spec
+from asge_zoo.compiler.check import parts
+from asge_zoo.engine.state import TrainState, begin
+from asge_zoo.graph.functional import compiled, laid_out_like
+from asge_zoo.graph.local_graph import LocalGraph
+from asge_zoo.spec import Spec
+
+Run = Callable[[], object]
+KERNELS = {
+    "contiguous, eager": (False, False),
+    "contiguous, compiled": (False, True),
+    "channels_last, eager": (True, False),
+    "channels_last, compiled": (True, True),
+}
+
+
+class Variant(NamedTuple):
+    """`make` builds all that a step needs and returns the step; a compiled one compiles on its first call."""
+
+    make: Callable[[], Run]
+    compiles: bool
+
+
+class Batch(NamedTuple):
+    """Images (B, C, H, W), float32, and labels (B,), int64, on the device; random numbers."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def random_batch(spec: Spec, device: torch.device) -> Batch:
+    """A batch of the spec's size and shapes."""
+    data = parts(spec).data
+    info = data.info()
+    images = torch.randn(data.batch_size, info.channels, info.height, info.width, device=device)
+    return Batch(images, torch.randint(len(info.classes), (data.batch_size,), device=device))
+
+
+def variants(spec: Spec, batch: Batch) -> dict[str, Variant]:
+    """What can be run of a spec, by name."""
+    graph = compile_spec(spec, device="meta")
+    found = {
+        "asge_compiled": Variant(lambda: asge(spec, batch, compile=True), True),
+        "asge_eager": Variant(lambda: asge(spec, batch, compile=False), False),
+        "bp_compiled": Variant(lambda: backprop(spec, batch, compile=True), True),
+        "bp_eager": Variant(lambda: backprop(spec, batch, compile=False), False),
+    }
+    if has_closed_form(graph):
+        found["asge_closed_form"] = Variant(lambda: closed_form(spec, batch), True)
+    if loops_over(graph):
+        found["layer_loop"] = Variant(lambda: layer_loop(spec, batch), False)
+    return found
+
+
+def asge(spec: Spec, batch: Batch, *, compile: bool) -> Run:
+    """The step that `train` runs, whatever the spec's rule, its metrics left out."""
+    state = _begin(spec, batch, compile=compile)
+    return lambda: state.update(state.graph.step(*batch))
+
+
+def closed_form(spec: Spec, batch: Batch) -> Run:
+    """The units' gradients by equation 7, compiled as one graph, and the optimizer's step on them."""
+    state = _begin(spec, batch, compile=False)
+    gradients = compiled(cast(MethodType, ClosedForm(state.graph).gradients))
+
+    @torch.no_grad()
+    def run() -> None:
+        found = gradients(*state.graph.tensors(), *batch)
+        for name, gradient in found.items():
+            state.parameters[name].grad = laid_out_like(state.parameters[name], gradient)
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+
+    return run
+
+
+def layer_loop(spec: Spec, batch: Batch) -> Run:
+    """See `LayerLoop`; eager."""
+    loop = LayerLoop(_graph(spec, batch, compile=False), parts(spec).optimizer)
+    images = batch.images.contiguous(memory_format=torch.channels_last)
+
+    def run() -> None:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=spec.train.precision == "bfloat16"):
+            loop.step(images, batch.labels)
+
+    return run
+
+
+def backprop(spec: Spec, batch: Batch, *, compile: bool) -> Run:
+    """See `backprop_step`; of the compiled one the forward and backward passes are compiled."""
+    network = classifier(parts(spec), batch.images.device)
+    optimizer = parts(spec).optimizer.build([{"params": list(network.parameters())}])
+    images, bf16 = batch.images.contiguous(memory_format=torch.channels_last), spec.train.precision == "bfloat16"
+    forward = torch.compile(network) if compile else network
+    return lambda: backprop_step(forward, optimizer, images, batch.labels, bf16=bf16)
+
+
+def kernels(spec: Spec, batch: Batch) -> dict[str, Variant]:
+    """The bare kernels in each layout, eager and compiled, of which the fastest is the floor."""
+    part, info = parts(spec), parts(spec).data.info()
+    with torch.device("meta"):
+        network: nn.Module = part.backbone.build(info.channels, pooling=part.pooling, norm=part.norm)
+    found = convolutions(network, (info.channels, info.height, info.width), part.data.batch_size)
+    dtype = torch.bfloat16 if spec.train.precision == "bfloat16" else torch.float32
+
+    def make(channels_last: bool, compile: bool) -> Run:
+        run = bare_kernels(found, dtype, batch.images.device, channels_last=channels_last)
+        return torch.no_grad()(torch.compile(run, fullgraph=True) if compile else run)
+
+    return {name: Variant(lambda each=each: make(*each), each[1]) for name, each in KERNELS.items()}
+
+
+def _begin(spec: Spec, batch: Batch, *, compile: bool) -> TrainState:
+    return begin(spec, _graph(spec, batch, compile=compile), steps_per_epoch=1000, started=0.0)
+
+
+def _graph(spec: Spec, batch: Batch, *, compile: bool) -> LocalGraph:
+    train = spec.train.model_copy(update={"compile": compile})
+    return compile_spec(spec.model_copy(update={"train": train}), device=batch.images.device).train()

@@ -1,0 +1,117 @@
+"""How time and memory of a step grow with batch, width, depth and classes: our compiled step's and backpropagation's.
+
+    uv run python benchmarks/scale.py --json benchmarks/scale.json --plot benchmarks/scale.png
+
+Every point is a process of its own, which compiles first; images are random. By default small ones, for a CPU.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+VARIANTS = ("asge_compiled", "bp_compiled")
+BASE = {"batch": 32, "width": 0.25, "network": "vgg8", "classes": 10, "size": 32}
+POINTS: dict[str, list[dict[str, Any]]] = {
+    "batch": [{"batch": batch} for batch in (16, 32, 64, 128)],
+    "width": [{"width": width} for width in (0.25, 0.5, 1.0)],
+    "depth": [
+        {"network": network, "width": 1.0, "size": 64, "batch": 8}
+        for network in ("vgg8", "vgg11", "resnet18", "resnet50", "resnet101")
+    ],
+    "classes": [{"classes": classes} for classes in (10, 100, 1000, 21_000)],
+}
+
+
+def spec_of(point: dict[str, Any]) -> dict[str, Any]:
+    """A point as a spec; its pictures need not be there."""
+    vgg = point["network"].startswith("vgg")
+    network = {"kind": point["network"]} if vgg else {"kind": "timm", "name": point["network"], "norm_weight": 0.2}
+    return {
+        "name": "scale",
+        "data": {
+            "kind": "imagefolder",
+            "folder": "none",
+            "classes": point["classes"],
+            "size": point["size"],
+            "batch_size": point["batch"],
+        },
+        "backbone": {**network, "width": point["width"]},
+    }
+
+
+def measure(point: dict[str, Any], rounds: int) -> None:
+    """Print, as JSON, each variant's time and memory, and the bytes of a gradient for every parameter."""
+    import torch
+
+    from asge_zoo.bench.machine import machine
+    from asge_zoo.bench.measure import peak_bytes
+    from asge_zoo.bench.measure import rounds as timed
+    from asge_zoo.bench.variants import random_batch, variants
+    from asge_zoo.compiler.build import compile_spec
+    from asge_zoo.engine.device import keep_freed_memory, pick_device
+    from asge_zoo.spec import load_spec
+
+    keep_freed_memory()
+    spec, device = load_spec(spec_of(point)), pick_device()
+    steps = variants(spec, random_batch(spec, device))
+    runs = {name: steps[name].make() for name in VARIANTS}
+    timed(runs, 2, device)
+    times = timed(runs, rounds, device)
+    found = {
+        name: {"ms": 1000 * statistics.median(times[name]), "peak_bytes": peak_bytes(run, device)}
+        for name, run in runs.items()
+    }
+    parameters = sum(x.numel() for x in compile_spec(spec, device="meta").parameters())
+    report = {**point, "variants": found, "gradient_bytes": 4 * parameters, **machine(torch.device(device))}
+    print(json.dumps(report))
+
+
+def plot(found: dict[str, list[dict[str, Any]]], file: Path) -> None:
+    """Time above, memory below, a column for each of the four."""
+    from matplotlib.figure import Figure
+
+    from asge_zoo.bench.plots import save
+
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    axes = figure.subplots(2, len(found))
+    for column, (what, points) in enumerate(found.items()):
+        labels = [str(point["network"] if what == "depth" else point[what]) for point in points]
+        for name in VARIANTS:
+            milliseconds = [point["variants"][name]["ms"] for point in points]
+            memory = [point["variants"][name]["peak_bytes"] / MIB for point in points]
+            axes[0, column].plot(labels, milliseconds, marker="o", label=name)
+            axes[1, column].plot(labels, memory, marker="o", label=name)
+        axes[0, column].set(ylabel="ms a step", ylim=(0, None))
+        axes[1, column].set(xlabel=what, ylabel="peak MiB", ylim=(0, None))
+    axes[0, 0].legend()
+    save(figure, file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--plot", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        measure(json.loads(options.measure), options.rounds)
+        return
+    found: dict[str, list[dict[str, Any]]] = {}
+    for what, points in POINTS.items():
+        for point in points:
+            command = [sys.executable, *sys.argv, "--measure", json.dumps({**BASE, **point})]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found.setdefault(what, []).append(json.loads(done.stdout.splitlines()[-1]))
+            print(what, found[what][-1], file=sys.stderr)
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    plot(found, options.plot)
+
+
+if __name__ == "__main__":
+    main()
