@@ -47,6 +47,7 @@ def predict(
             rows[-1] |= {"top": top} if top_k > 1 else {}
         else:
             guesses = ", ".join(f"{each['class']} ({100 * each['probability']:.1f} %)" for each in top)
-            print(f"{answer.file}: {guesses}; unit {answer.exit_unit} of {len(found.graph.units)}")
+            file = str(answer.file).encode(errors="replace").decode()  # a name may be of any bytes
+            print(f"{file}: {guesses}; unit {answer.exit_unit} of {len(found.graph.units)}")
     if as_json:
         print(json.dumps(rows))

@@ -94,9 +94,11 @@ def described(name: str, revision: str | None, folder: Path) -> dict[str, Any] |
         `model` and `revision`, as given; `spec` (its name), `spec_sha256` and `dataset`; `accuracy` in percent, on the
         test images, or None; `units`, and `bytes` of the weights.
     """
+    if not all((folder / file).is_file() for file in (CONFIG, METRICS)):  # a pipe would keep its reader waiting
+        return None
     try:
         config, metrics = (json.loads((folder / file).read_bytes()) for file in (CONFIG, METRICS))
-        if config["library_name"] != "asge-zoo":
+        if config["library_name"] != "asge-zoo" or not str(config["spec"]["name"]).isprintable():
             return None
         return {
             "model": name,
@@ -108,5 +110,5 @@ def described(name: str, revision: str | None, folder: Path) -> dict[str, Any] |
             "units": int(config["units"]),
             "bytes": (folder / MODEL).stat().st_size,
         }
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, RecursionError):
         return None
