@@ -53,10 +53,9 @@ def measure(point: dict[str, Any], rounds: int) -> None:
     from asge_zoo.bench.measure import rounds as timed
     from asge_zoo.bench.variants import random_batch, variants
     from asge_zoo.compiler.build import compile_spec
-    from asge_zoo.engine.device import keep_freed_memory, pick_device
+    from asge_zoo.engine.device import pick_device
     from asge_zoo.spec import load_spec
 
-    keep_freed_memory()
     spec, device = load_spec(spec_of(point)), pick_device()
     steps = variants(spec, random_batch(spec, device))
     runs = {name: steps[name].make() for name in VARIANTS}

@@ -10,7 +10,6 @@ from asge_zoo.bench.machine import machine
 from asge_zoo.bench.measure import Run, peak_bytes, process_peak_bytes, rounds, seconds
 from asge_zoo.bench.variants import Batch, Variant, kernels, random_batch, variants
 from asge_zoo.compiler.check import check_spec, parts
-from asge_zoo.engine.device import keep_freed_memory
 from asge_zoo.spec import Spec
 
 WARM_UP = 2  # calls of each variant that are not timed, the first of which compiles
@@ -35,7 +34,6 @@ def bench_spec(spec: Spec, *, device: torch.device, count: int) -> dict[str, Any
         SpecError: the spec's parts do not fit together; names the field.
     """
     check_spec(spec)
-    keep_freed_memory()  # as training does
     batch = random_batch(spec, device)
     steps, floors = variants(spec, batch), kernels(spec, batch)
     runs, compile_seconds = _compiled({**floors, **steps}, device)

@@ -4,6 +4,7 @@
 129, 130, 138 and 143 after SIGHUP, SIGINT, SIGUSR1 and SIGTERM.
 """
 
+import ctypes
 import os
 import sys
 from signal import Signals
@@ -28,7 +29,7 @@ from asge_zoo.cli.validate import validate
 from asge_zoo.cli.verify import verify
 from asge_zoo.errors import Stopped, ZooError
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages: fewer misses, fewer faults
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 COMMANDS = (
     *(train, evaluate, predict, compare, push, pull, validate, explain, schema),
@@ -71,8 +72,22 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+def _keep_freed_memory() -> None:
+    """Have torch ask for huge pages, and glibc, where it is, keep what this process frees.
+
+    By default it hands maps of 32 MiB and more back to the kernel, which clears them page by page when the next step
+    asks for them again: 6 % of a step on the CPU.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+
+
 def main() -> None:
     """Entry point of the console script."""
+    _keep_freed_memory()
     code = run()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank: torch's teardown of process groups aborts now and then
         sys.stdout.flush()

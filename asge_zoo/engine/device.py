@@ -1,7 +1,6 @@
 """Where to compute, what it is, and whether it must be deterministic."""
 
 import contextlib
-import ctypes
 import os
 import platform
 import socket
@@ -141,21 +140,6 @@ def deterministic(strict: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = benchmark
         if workspace is None:
             del os.environ[WORKSPACE]
-
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what this process frees; elsewhere do nothing.
-
-    By default it hands maps of 32 MiB and more back to the kernel, which clears them page by page when the next step
-    asks for them again: 6 % of a step on the CPU.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def git_revision() -> str | None:

@@ -27,7 +27,7 @@ from asge_zoo.compiler.build import compile_spec
 from asge_zoo.data.base import Loader
 from asge_zoo.data.base import data_root as find_data_root
 from asge_zoo.engine.checkpoint import METRICS, SPEC
-from asge_zoo.engine.device import deterministic, environment, keep_freed_memory, pick_device
+from asge_zoo.engine.device import deterministic, environment, pick_device
 from asge_zoo.engine.keeper import CheckpointKeeper
 from asge_zoo.engine.lock import locked
 from asge_zoo.engine.parallel import check_alike, check_restart, open_loader
@@ -89,7 +89,6 @@ def train(
         Stopped: by a signal or the time limit.
     """
     chosen, root = pick_device(device), find_data_root(data_root)
-    keep_freed_memory()
     resume = resume or check_restart(run_dir)
     rng_devices = [chosen] if chosen.type == "cuda" else []
     with joined_ranks() as ranks:
