@@ -18,7 +18,7 @@ from huggingface_hub.utils import _http, disable_progress_bars, get_token, loggi
 from asge_zoo.engine.device import package_versions
 from asge_zoo.errors import CheckpointError, HubError, ZooError
 
-TIMEOUT = 20.0  # seconds without a sign of life; the client itself waits for ever, or tries again for minutes
+TIMEOUT = 15.0  # seconds without a sign of life; the client itself waits for ever, or tries again for minutes
 TROUBLE = 10.0  # seconds from the first failure on after which no further one is tried again; the client does for 23
 RETRIED = (408, 500, 502, 503, 504)  # answers after which the client tries again, when it is told to
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
