@@ -25,7 +25,10 @@ COMMAND_LINE = {
     "ls": "WHAT --data-root --json",
     "export": "RUN --timm --model --data-root --device --json",
     "verify": "PATH --json",
-    "bench": "--data --size --workers --rounds --compress-probability --device --json",
+    "bench": (
+        "SPEC --data --startup --rounds --batch-size --precision --plot --size --workers --compress-probability --set "
+        "--device --json"
+    ),
     "doctor": "--data-root --json",
     "data write": (
         "KIND --from --to --split --max-resolution --compress-probability --quality --skip-unreadable --workers "
