@@ -93,8 +93,7 @@ def test_compiled_ranks_equal_one_rank(spec: dict[str, Any], tmp_path: Path) -> 
     compiled = {**spec, "train": {"compile": True}}
     states = on_ranks(2, compiled, tmp_path)
     alone = take_steps(load_spec(compiled), steps=30, batch_size=BATCH, double=False, shards=[ALONE])
-    # thirty steps amplify the last bit: resnet18's are seen between 6e-6 and 1.05e-5
-    assert furthest(states[0], alone) < 2e-5 and furthest(states[1], states[0]) == 0
+    assert furthest(states[0], alone) < 1e-5 and furthest(states[1], states[0]) == 0
 
 
 # Whole runs.

@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, cast
 
+import torch
 from torch import Tensor
 
-from asge_zoo.graph.functional import compiled
+from asge_zoo.graph.functional import own_code
 from asge_zoo.graph.rule import UnitResult
 from asge_zoo.graph.unit import Unit, Values
 
@@ -40,7 +41,8 @@ class SharedSteps:
             for unit, template in zip(graph.units, templates, strict=True)
         ]
         self._steps: dict[int, Callable[..., UnitResult]] = {
-            index: compiled(cast(MethodType, UnitStep(graph, index).run)) for index in set(templates)
+            index: torch.compile(own_code(cast(MethodType, UnitStep(graph, index).run)), fullgraph=True)
+            for index in set(templates)
         }
 
     def __call__(self, index: int, own: Values, constants: Values, env: Values, labels: Tensor) -> UnitResult:

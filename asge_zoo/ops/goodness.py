@@ -88,7 +88,8 @@ class PatchMeanSquare(nn.Module):
         if self.even:
             p = self.partition
             batch, channels, height, width = square.shape
-            patches = square.reshape(batch, channels, p, height // p, p, width // p).mean(5).mean(3)
+            parts = square.reshape(batch, channels, p, height // p, p, width // p)
+            patches = parts.mean((3, 5)) if square.is_contiguous() else parts.mean(5).mean(3)  # faster, channels last
         else:
             patches = self.row_bins.to(wide) @ square @ self.column_bins.to(wide).mT
         return patches.flatten(1)
