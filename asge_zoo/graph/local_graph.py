@@ -118,8 +118,8 @@ class LocalGraph(nn.Module):
 
     def step_fn(self, params: Values, state: Values, images: Tensor, labels: Tensor) -> StepResult:
         """One training step as a pure function of parameters, buffers and a batch (see `Rule.step`)."""
-        # The layout in which VGGs' convolutions run fastest. Not eager, nor unit by unit, as residual networks run: oneDNN
-        # crashes there in narrow convolutions of stride 2.
+        # The layout in which VGGs' convolutions run fastest. Not eager, nor unit by unit, as residual networks run:
+        # oneDNN crashes there in narrow convolutions of stride 2.
         if self.compiled and not self.templates:
             images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
