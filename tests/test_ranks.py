@@ -178,6 +178,27 @@ def test_a_killed_rank_ends_the_job(rank: int, whole: Path, tmp_path: Path) -> N
         assert_same_run(run_dir, whole)
 
 
+def test_a_rank_ended_within_a_step_says_nothing() -> None:
+    """Nor does torch, of collectives that nobody waits for any more."""
+    code = """
+import torch.distributed as dist
+import torch.distributed._functional_collectives
+from asge_zoo.cli.main import cli, main
+
+@cli.command
+def step():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    pending = torch.ops._c10d_functional.all_reduce(torch.ones(2), "sum", dist.group.WORLD.group_name)
+    raise SystemExit(143)
+
+main()
+"""
+    line = [sys.executable, "-c", code, "step"]
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "job"}
+    done = subprocess.run(line, capture_output=True, text=True, timeout=LIMIT, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+
+
 def test_all_ranks_killed_during_a_checkpoint(whole: Path, tmp_path: Path) -> None:
     """The launcher first, so that nobody ends the ranks gently."""
     run_dir = tmp_path / "run"

@@ -65,6 +65,8 @@ def run(arguments: list[str] | None = None) -> int:
     except click.Abort:  # click's own name for a KeyboardInterrupt
         stopped = Stopped(Signals.SIGINT)
         return _fail(str(stopped), stopped.exit_code)
+    except SystemExit as ended:  # a rank that is ended by its launcher, which has the word
+        return int(ended.code or 0)
 
 
 def _fail(message: str, code: int) -> int:
