@@ -18,7 +18,7 @@ from asge_zoo.backbones.base import Backbone
 from asge_zoo.bench.closed_form import ClosedForm, has_closed_form
 from asge_zoo.bench.kernels import bare_kernels, convolutions
 from asge_zoo.bench.measure import peak_bytes, process_peak_bytes
-from asge_zoo.bench.variants import random_batch, variants
+from asge_zoo.bench.variants import asge, asge_cuda_graphs, random_batch, variants
 from asge_zoo.compiler.build import compile_spec
 from asge_zoo.ops.norm import Norm
 from asge_zoo.ops.pooling import Pooling
@@ -116,6 +116,8 @@ def test_steps_are_compared(cli: Cli, spec_file: Path, tmp_path: Path) -> None:
     for name in ("asge_compiled", "bp_compiled"):
         assert found["variants"][name]["compile_seconds"]["cold"] > found["variants"][name]["compile_seconds"]["warm"]
     assert found["variants"]["bp_eager"]["compile_seconds"] is None
+    chosen = {name for name, measured in found["variants"].items() if "chosen" in measured}
+    assert chosen == {"kernels", "bp_compiled", "bp_eager", "layer_loop"}
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -129,7 +131,7 @@ def test_the_floor_is_every_convolution_once(spec_file: Path) -> None:
         ((2, 16, 4, 4), (16, 16, 3, 3), True),
     ]
     gradients = [
-        x for x in bare_kernels(found, torch.float32, torch.device("cpu"), channels_last=True)() if x.numel() > 1
+        x for x in bare_kernels(found, torch.float32, torch.device("cpu"), torch.channels_last)() if x.numel() > 1
     ]
     assert [tuple(x.shape) for x in gradients] == [(16, 3, 3, 3), (16, 16, 3, 3), (16,), (16, 16, 3, 3), (16,)]
 
@@ -158,10 +160,19 @@ def test_a_plain_loop_learns_what_the_step_learns(spec_file: Path) -> None:
     spec = load_spec(spec_file, overrides=["optimizer.kind=sgd", "train.compile=false"])
     batch = random_batch(spec, torch.device("cpu"))
     before = compile_spec(spec).state_dict()
-    after = [_trained(variants(spec, batch)[name].make()) for name in ("asge_eager", "layer_loop")]
+    after = [_trained(next(iter(variants(spec, batch)[name].values())).make()) for name in ("asge_eager", "layer_loop")]
     for name, one in after[0].items():
         assert torch.allclose(one, after[1][name], rtol=0, atol=1e-6), name
     assert any(not torch.equal(one, before[name]) for name, one in after[0].items())
+
+
+@pytest.mark.compile
+def test_the_step_for_cuda_graphs_learns_what_the_step_learns(spec_file: Path) -> None:
+    """Off CUDA; what a graph of launches adds can't be seen there."""
+    spec = load_spec(spec_file, overrides=["optimizer.kind=sgd"])
+    batch = random_batch(spec, torch.device("cpu"))
+    one, other = _trained(asge(spec, batch, compile=False)), _trained(asge_cuda_graphs(spec, batch))
+    assert all(torch.allclose(one[name], other[name], rtol=0, atol=1e-6) for name in one)
 
 
 def _trained(run: Any) -> dict[str, torch.Tensor]:
@@ -175,7 +186,13 @@ def test_without_a_closed_form_or_local_units_the_rest_is_compared() -> None:
     uneven = load_spec("vgg8_digits", overrides=["rule.goodness.alpha=1.5"])
     assert "asge_closed_form" not in variants(uneven, random_batch(uneven, cpu))
     bp = load_spec("vgg8_digits", overrides=["rule.kind=bp", "prediction.kind=last"])
-    assert set(variants(bp, random_batch(bp, cpu))) == {"asge_compiled", "asge_eager", "bp_compiled", "bp_eager"}
+    assert set(variants(bp, random_batch(bp, cpu))) == {
+        "kernels",
+        "asge_compiled",
+        "asge_eager",
+        "bp_compiled",
+        "bp_eager",
+    }
 
 
 def test_memory_is_what_is_held_at_once() -> None:

@@ -31,14 +31,14 @@ class Classifier(nn.Module):
         return self.head(features.flatten(2).mean(2) if features.ndim > 2 else features)
 
 
-def classifier(part: Parts, device: torch.device) -> Classifier:
-    """The spec's network with a head as in Table 3's control ("Last"), in training mode, in channels-last layout."""
+def classifier(part: Parts, device: torch.device, layout: torch.memory_format) -> Classifier:
+    """The spec's network with a head as in Table 3's control ("Last"), in training mode, its kernels in that layout."""
     info = part.data.info()
     backbone = part.backbone.build(info.channels, pooling=part.pooling, norm=part.norm)
     with torch.no_grad():
         features = backbone.eval()(torch.zeros(2, info.channels, info.height, info.width))
     network = Classifier(backbone, features.shape[1], len(info.classes)).train()
-    return convert_conv2d_weight_memory_format(network.to(device), torch.channels_last)
+    return convert_conv2d_weight_memory_format(network.to(device), layout)
 
 
 def backprop_step(

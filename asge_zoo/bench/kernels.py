@@ -49,7 +49,7 @@ def convolutions(network: nn.Module, image_shape: tuple[int, ...], batch_size: i
 
 
 def bare_kernels(
-    found: list[Convolution], dtype: torch.dtype, device: torch.device, *, channels_last: bool
+    found: list[Convolution], dtype: torch.dtype, device: torch.device, layout: torch.memory_format
 ) -> Callable[[], list[Tensor]]:
     """A function that runs each convolution's forward and weight gradient once, and its bias's where it has one.
 
@@ -63,11 +63,10 @@ def bare_kernels(
     def as_map(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
         batch, channels, height, width = shape
         flat = flat[: math.prod(shape)]
-        if channels_last:
+        if layout is torch.channels_last:
             return flat.view(batch, height, width, channels).permute(0, 3, 1, 2)
         return flat.view(shape)
 
-    layout = torch.channels_last if channels_last else torch.contiguous_format
     inputs, slopes = buffer([each.input for each in found]), buffer([each.output for each in found])
     maps = [(as_map(inputs, each.input), as_map(slopes, each.output)) for each in found]
     weights = [torch.randn(each.weight, dtype=dtype, device=device).to(memory_format=layout) for each in found]

@@ -8,11 +8,14 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], object]
+Key = TypeVar("Key")
+M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4  # glibc's mallopt
 
 
 def seconds(run: Run, device: torch.device) -> float:
@@ -24,12 +27,12 @@ def seconds(run: Run, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def rounds(runs: Mapping[str, Run], count: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each of `count` calls, by name; each round calls all in turn, so that what else runs meets all."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
+def rounds(runs: Mapping[Key, Run], count: int, device: torch.device) -> dict[Key, list[float]]:
+    """Seconds of each of `count` calls, by key; each round calls all in turn, so that what else runs meets all."""
+    found: dict[Key, list[float]] = {key: [] for key in runs}
     for _ in range(count):
-        for name, run in runs.items():
-            found[name].append(seconds(run, device))
+        for key, run in runs.items():
+            found[key].append(seconds(run, device))
     return found
 
 
@@ -68,12 +71,16 @@ def _allocations(profiler: profile) -> list[int]:
 def process_peak_bytes(run: Run) -> int | None:
     """The most resident memory that the process has during a call beyond what it had before; None off Linux.
 
-    A check of `peak_bytes` on the CPU, for what no profiler sees, such as a library's own scratch memory.
+    A check of `peak_bytes` on the CPU, for what no profiler sees, such as a library's own scratch memory. From then on
+    glibc hands large blocks back to the kernel once they are freed, so that what is resident is what is held.
     """
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     gc.collect()
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # glibc may have kept what was freed
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 2**16)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**20)
+        libc.malloc_trim(0)  # it may have kept what was freed
         reset.write_text("5")  # the peak becomes what is resident now
     except (OSError, AttributeError):
         return None

@@ -8,10 +8,11 @@ from torch._inductor.utils import clear_caches, fresh_cache
 
 from asge_zoo.bench.machine import machine
 from asge_zoo.bench.measure import Run, peak_bytes, process_peak_bytes, rounds, seconds
-from asge_zoo.bench.variants import Batch, Variant, kernels, random_batch, variants
+from asge_zoo.bench.variants import Batch, Variant, random_batch, variants
 from asge_zoo.compiler.check import check_spec, parts
 from asge_zoo.spec import Spec
 
+Key = tuple[str, str]  # a variant and the way that it is run
 WARM_UP = 2  # calls of each variant that are not timed, the first of which compiles
 
 
@@ -27,22 +28,29 @@ def bench_spec(spec: Spec, *, device: torch.device, count: int) -> dict[str, Any
         `variants`: by name `ms` (the rounds' median), `lowest_ms`, `highest_ms`, `images_per_second`; `of_kernels` and
         `of_bp_compiled`, medians of the rounds' ratios of times; `peak_bytes` of a step beyond the resting state and
         `process_peak_bytes`, its check; `compile_seconds`, of the first step `cold` (nothing cached) and `warm` (from
-        the caches on disk), None where nothing compiles. `kernels`, the floor, has no memory; its `chosen` is the
-        fastest of the layouts and modes. And what it ran on.
+        the caches on disk), None where nothing compiles; and where there are several ways to run it, in which layout
+        for one, `chosen`, the fastest. `kernels`, the floor, has no memory. And what it ran on.
 
     Raises:
         SpecError: the spec's parts do not fit together; names the field.
     """
     check_spec(spec)
     batch = random_batch(spec, device)
-    steps, floors = variants(spec, batch), kernels(spec, batch)
-    runs, compile_seconds = _compiled({**floors, **steps}, device)
+    made = variants(spec, batch)
+    runs, compile_seconds = _compiled(made, device)
     times = rounds(runs, count, device)
-    chosen = min(floors, key=lambda name: statistics.median(times[name]))
-    found = {"kernels": {**_summary(times, chosen, chosen, batch), "chosen": chosen}}
-    for name in steps:
-        memory = {"peak_bytes": peak_bytes(runs[name], device), "process_peak_bytes": _checked(runs[name], device)}
-        found[name] = {**_summary(times, name, chosen, batch), **memory, "compile_seconds": compile_seconds[name]}
+    fastest = {name: min(ways, key=lambda way: statistics.median(times[name, way])) for name, ways in made.items()}
+    own = {name: times[name, way] for name, way in fastest.items()}
+    found: dict[str, Any] = {}
+    for name, way in fastest.items():
+        found[name] = _summary(own[name], batch)
+        found[name] |= {f"of_{base}": _ratio(own[name], own[base]) for base in ("kernels", "bp_compiled")}
+        if len(made[name]) > 1:
+            found[name]["chosen"] = way
+        if name != "kernels":
+            run = runs[name, way]
+            found[name] |= {"peak_bytes": peak_bytes(run, device), "process_peak_bytes": _checked(run, device)}
+            found[name]["compile_seconds"] = compile_seconds[name, way]
     return {
         "spec": spec.name,
         "variants": found,
@@ -53,29 +61,26 @@ def bench_spec(spec: Spec, *, device: torch.device, count: int) -> dict[str, Any
     }
 
 
-def _compiled(made: dict[str, Variant], device: torch.device) -> tuple[dict[str, Run], dict[str, Any]]:
-    """Each variant's step, warm, and the seconds of its first call: with empty caches, then from the caches on disk."""
-    compiling = [name for name, variant in made.items() if variant.compiles]
+def _compiled(made: dict[str, Variant], device: torch.device) -> tuple[dict[Key, Run], dict[Key, Any]]:
+    """By variant and way: its step, warm, and the seconds of its first call, with empty caches and with the disk's."""
+    ways = {(name, key): way for name, variant in made.items() for key, way in variant.items()}
     with fresh_cache():
-        cold = {name: seconds(made[name].make(), device) for name in compiling}
+        cold = {key: seconds(way.make(), device) for key, way in ways.items() if way.compiles}
         torch._dynamo.reset()
         clear_caches()
-        runs = {name: variant.make() for name, variant in made.items()}
-        warm = {name: seconds(run, device) for name, run in runs.items()}
+        runs = {key: way.make() for key, way in ways.items()}
+        warm = {key: seconds(run, device) for key, run in runs.items()}
         rounds(runs, WARM_UP - 1, device)
-    return runs, {name: {"cold": cold[name], "warm": warm[name]} if name in cold else None for name in made}
+    return runs, {key: {"cold": cold[key], "warm": warm[key]} if key in cold else None for key in ways}
 
 
-def _summary(times: dict[str, list[float]], name: str, floor: str, batch: Batch) -> dict[str, float]:
-    own = times[name]
-    median = statistics.median(own)
+def _summary(times: list[float], batch: Batch) -> dict[str, Any]:
+    median = statistics.median(times)
     return {
         "ms": 1000 * median,
-        "lowest_ms": 1000 * min(own),
-        "highest_ms": 1000 * max(own),
+        "lowest_ms": 1000 * min(times),
+        "highest_ms": 1000 * max(times),
         "images_per_second": len(batch.labels) / median,
-        "of_kernels": _ratio(own, times[floor]),
-        "of_bp_compiled": _ratio(own, times["bp_compiled"]),
     }
 
 

@@ -22,19 +22,17 @@ from asge_zoo.graph.local_graph import LocalGraph
 from asge_zoo.spec import Spec
 
 Run = Callable[[], object]
-KERNELS = {
-    "contiguous, eager": (False, False),
-    "contiguous, compiled": (False, True),
-    "channels_last, eager": (True, False),
-    "channels_last, compiled": (True, True),
-}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-class Variant(NamedTuple):
+class Way(NamedTuple):
     """`make` builds all that a step needs and returns the step; a compiled one compiles on its first call."""
 
     make: Callable[[], Run]
     compiles: bool
+
+
+Variant = dict[str, Way]  # by layout, or whatever it may be run in: the fastest counts
 
 
 class Batch(NamedTuple):
@@ -53,25 +51,47 @@ def random_batch(spec: Spec, device: torch.device) -> Batch:
 
 
 def variants(spec: Spec, batch: Batch) -> dict[str, Variant]:
-    """What can be run of a spec, by name."""
+    """What can be run of a spec, by name, the bare kernels first."""
     graph = compile_spec(spec, device="meta")
-    found = {
-        "asge_compiled": Variant(lambda: asge(spec, batch, compile=True), True),
-        "asge_eager": Variant(lambda: asge(spec, batch, compile=False), False),
-        "bp_compiled": Variant(lambda: backprop(spec, batch, compile=True), True),
-        "bp_eager": Variant(lambda: backprop(spec, batch, compile=False), False),
+    found: dict[str, Variant] = {
+        "kernels": kernels(spec, batch),
+        "asge_compiled": {"": Way(lambda: asge(spec, batch, compile=True), True)},
+        "asge_eager": {"": Way(lambda: asge(spec, batch, compile=False), False)},
+        "bp_compiled": _layouts(lambda layout: backprop(spec, batch, layout, compile=True), compiles=True),
+        "bp_eager": _layouts(lambda layout: backprop(spec, batch, layout, compile=False), compiles=False),
     }
     if has_closed_form(graph):
-        found["asge_closed_form"] = Variant(lambda: closed_form(spec, batch), True)
+        found["asge_closed_form"] = {"": Way(lambda: closed_form(spec, batch), True)}
     if loops_over(graph):
-        found["layer_loop"] = Variant(lambda: layer_loop(spec, batch), False)
+        found["layer_loop"] = _layouts(lambda layout: layer_loop(spec, batch, layout), compiles=False)
+    if batch.images.is_cuda:
+        mode = "reduce-overhead"
+        found["bp_cuda_graphs"] = _layouts(lambda layout: backprop(spec, batch, layout, mode=mode), compiles=True)
+        if not graph.templates:  # those units are compiled, and would be launched, one by one
+            found["asge_cuda_graphs"] = {"": Way(lambda: asge_cuda_graphs(spec, batch), True)}
     return found
+
+
+def _layouts(make: Callable[[torch.memory_format], Run], *, compiles: bool) -> Variant:
+    return {name: Way(lambda layout=layout: make(layout), compiles) for name, layout in LAYOUTS.items()}
 
 
 def asge(spec: Spec, batch: Batch, *, compile: bool) -> Run:
     """The step that `train` runs, whatever the spec's rule, its metrics left out."""
     state = _begin(spec, batch, compile=compile)
     return lambda: state.update(state.graph.step(*batch))
+
+
+def asge_cuda_graphs(spec: Spec, batch: Batch) -> Run:
+    """`asge`, its gradients compiled as one graph that is launched as a CUDA graph; off CUDA the same without."""
+    state = _begin(spec, batch, compile=True)
+    step = compiled(cast(MethodType, state.graph.step_fn), cuda_graphs=True)
+
+    @torch.no_grad()
+    def run() -> None:
+        state.update(step(*state.graph.tensors(), *batch))
+
+    return run
 
 
 def closed_form(spec: Spec, batch: Batch) -> Run:
@@ -90,10 +110,10 @@ def closed_form(spec: Spec, batch: Batch) -> Run:
     return run
 
 
-def layer_loop(spec: Spec, batch: Batch) -> Run:
-    """See `LayerLoop`; eager."""
+def layer_loop(spec: Spec, batch: Batch, layout: torch.memory_format) -> Run:
+    """See `LayerLoop`; eager, its images in that layout, which its maps take after."""
     loop = LayerLoop(_graph(spec, batch, compile=False), parts(spec).optimizer)
-    images = batch.images.contiguous(memory_format=torch.channels_last)
+    images = batch.images.contiguous(memory_format=layout)
 
     def run() -> None:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=spec.train.precision == "bfloat16"):
@@ -102,28 +122,34 @@ def layer_loop(spec: Spec, batch: Batch) -> Run:
     return run
 
 
-def backprop(spec: Spec, batch: Batch, *, compile: bool) -> Run:
-    """See `backprop_step`; of the compiled one the forward and backward passes are compiled."""
-    network = classifier(parts(spec), batch.images.device)
+def backprop(
+    spec: Spec, batch: Batch, layout: torch.memory_format, *, compile: bool = True, mode: str = "default"
+) -> Run:
+    """See `backprop_step`; images and weights in that layout, the network compiled or not."""
+    network = classifier(parts(spec), batch.images.device, layout)
     optimizer = parts(spec).optimizer.build([{"params": list(network.parameters())}])
-    images, bf16 = batch.images.contiguous(memory_format=torch.channels_last), spec.train.precision == "bfloat16"
-    forward = torch.compile(network) if compile else network
+    images, bf16 = batch.images.contiguous(memory_format=layout), spec.train.precision == "bfloat16"
+    forward = torch.compile(network, mode=mode) if compile else network
     return lambda: backprop_step(forward, optimizer, images, batch.labels, bf16=bf16)
 
 
-def kernels(spec: Spec, batch: Batch) -> dict[str, Variant]:
-    """The bare kernels in each layout, eager and compiled, of which the fastest is the floor."""
+def kernels(spec: Spec, batch: Batch) -> Variant:
+    """The bare kernels in each layout, eager and compiled: the fastest is the floor."""
     part, info = parts(spec), parts(spec).data.info()
     with torch.device("meta"):
         network: nn.Module = part.backbone.build(info.channels, pooling=part.pooling, norm=part.norm)
     found = convolutions(network, (info.channels, info.height, info.width), part.data.batch_size)
     dtype = torch.bfloat16 if spec.train.precision == "bfloat16" else torch.float32
 
-    def make(channels_last: bool, compile: bool) -> Run:
-        run = bare_kernels(found, dtype, batch.images.device, channels_last=channels_last)
+    def make(layout: torch.memory_format, compile: bool) -> Run:
+        run = bare_kernels(found, dtype, batch.images.device, layout)
         return torch.no_grad()(torch.compile(run, fullgraph=True) if compile else run)
 
-    return {name: Variant(lambda each=each: make(*each), each[1]) for name, each in KERNELS.items()}
+    eager = _layouts(lambda layout: make(layout, False), compiles=False)
+    compiled = _layouts(lambda layout: make(layout, True), compiles=True)
+    return {f"{name}, eager": way for name, way in eager.items()} | {
+        f"{name}, compiled": way for name, way in compiled.items()
+    }
 
 
 def _begin(spec: Spec, batch: Batch, *, compile: bool) -> TrainState:
