@@ -177,7 +177,8 @@ def test_the_step_for_cuda_graphs_learns_what_the_step_learns(spec_file: Path) -
 
 def _trained(run: Any) -> dict[str, torch.Tensor]:
     run()
-    owner = next(cell.cell_contents for cell in run.__closure__ if hasattr(cell.cell_contents, "graph"))
+    function = getattr(run, "__wrapped__", run)  # `torch.no_grad` wraps one of them
+    owner = next(cell.cell_contents for cell in function.__closure__ if hasattr(cell.cell_contents, "graph"))
     return owner.graph.state_dict()
 
 

@@ -18,6 +18,7 @@ from asge_zoo.compiler.build import compile_spec
 from asge_zoo.compiler.check import parts
 from asge_zoo.engine.state import TrainState, begin
 from asge_zoo.graph.functional import compiled, laid_out_like
+from asge_zoo.graph.layout import fastest_layout
 from asge_zoo.graph.local_graph import LocalGraph
 from asge_zoo.spec import Spec
 
@@ -53,27 +54,31 @@ def random_batch(spec: Spec, device: torch.device) -> Batch:
 def variants(spec: Spec, batch: Batch) -> dict[str, Variant]:
     """What can be run of a spec, by name, the bare kernels first."""
     graph = compile_spec(spec, device="meta")
+    network = graph.backbone
     found: dict[str, Variant] = {
         "kernels": kernels(spec, batch),
         "asge_compiled": {"": Way(lambda: asge(spec, batch, compile=True), True)},
         "asge_eager": {"": Way(lambda: asge(spec, batch, compile=False), False)},
-        "bp_compiled": _layouts(lambda layout: backprop(spec, batch, layout, compile=True), compiles=True),
-        "bp_eager": _layouts(lambda layout: backprop(spec, batch, layout, compile=False), compiles=False),
+        "bp_compiled": _layouts(network, lambda layout: backprop(spec, batch, layout, compile=True), compiles=True),
+        "bp_eager": _layouts(network, lambda layout: backprop(spec, batch, layout, compile=False), compiles=False),
     }
     if has_closed_form(graph):
         found["asge_closed_form"] = {"": Way(lambda: closed_form(spec, batch), True)}
     if loops_over(graph):
-        found["layer_loop"] = _layouts(lambda layout: layer_loop(spec, batch, layout), compiles=False)
+        found["layer_loop"] = _layouts(network, lambda layout: layer_loop(spec, batch, layout), compiles=False)
     if batch.images.is_cuda:
         mode = "reduce-overhead"
-        found["bp_cuda_graphs"] = _layouts(lambda layout: backprop(spec, batch, layout, mode=mode), compiles=True)
+        found["bp_cuda_graphs"] = _layouts(
+            network, lambda layout: backprop(spec, batch, layout, mode=mode), compiles=True
+        )
         if not graph.templates:  # those units are compiled, and would be launched, one by one
             found["asge_cuda_graphs"] = {"": Way(lambda: asge_cuda_graphs(spec, batch), True)}
     return found
 
 
-def _layouts(make: Callable[[torch.memory_format], Run], *, compiles: bool) -> Variant:
-    return {name: Way(lambda layout=layout: make(layout), compiles) for name, layout in LAYOUTS.items()}
+def _layouts(network: nn.Module, make: Callable[[torch.memory_format], Run], *, compiles: bool) -> Variant:
+    names = LAYOUTS if fastest_layout(network) is torch.channels_last else ("contiguous",)
+    return {name: Way(lambda layout=LAYOUTS[name]: make(layout), compiles) for name in names}
 
 
 def asge(spec: Spec, batch: Batch, *, compile: bool) -> Run:
@@ -145,8 +150,8 @@ def kernels(spec: Spec, batch: Batch) -> Variant:
         run = bare_kernels(found, dtype, batch.images.device, layout)
         return torch.no_grad()(torch.compile(run, fullgraph=True) if compile else run)
 
-    eager = _layouts(lambda layout: make(layout, False), compiles=False)
-    compiled = _layouts(lambda layout: make(layout, True), compiles=True)
+    eager = _layouts(network, lambda layout: make(layout, False), compiles=False)
+    compiled = _layouts(network, lambda layout: make(layout, True), compiles=True)
     return {f"{name}, eager": way for name, way in eager.items()} | {
         f"{name}, compiled": way for name, way in compiled.items()
     }

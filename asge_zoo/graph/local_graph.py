@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from asge_zoo.graph.functional import bind, compiled, full_precision, laid_out_like
+from asge_zoo.graph.layout import fastest_layout
 from asge_zoo.graph.prediction import Prediction
 from asge_zoo.graph.reduction import Reduction
 from asge_zoo.graph.rule import LayerLocalRule, Rule, StepResult, UnitResult
@@ -29,6 +30,7 @@ class LocalGraph(nn.Module):
             units of a structure share theirs; empty where the step is compiled as a whole.
 
     Attributes:
+        layout: of the maps in a compiled step.
         reduction: of gradients and running statistics over the ranks, where there are several; set it before the
             first step.
     """
@@ -59,6 +61,7 @@ class LocalGraph(nn.Module):
         self.head_parameters = tuple(f"head.{name}" for name, _ in head.named_parameters())
         self.compiled = compile
         self.templates = tuple(templates)
+        self.layout = fastest_layout(backbone)
         self.reduction: Reduction | None = None
         # a layer-local rule's step is made of this graph's `unit_step`, unless it writes its own
         self._reduces_by_unit = type(rule).step is LayerLocalRule.step
@@ -118,10 +121,8 @@ class LocalGraph(nn.Module):
 
     def step_fn(self, params: Values, state: Values, images: Tensor, labels: Tensor) -> StepResult:
         """One training step as a pure function of parameters, buffers and a batch (see `Rule.step`)."""
-        # The layout in which VGGs' convolutions run fastest. Not eager, nor unit by unit, as residual networks run:
-        # oneDNN crashes there in narrow convolutions of stride 2.
-        if self.compiled and not self.templates:
-            images = images.contiguous(memory_format=torch.channels_last)
+        if self.compiled:
+            images = images.contiguous(memory_format=self.layout)
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
             found = self.rule.step(self, params, state, images, labels)
             found = found if self.reduction is None else self._reduced(found, self.reduction)
