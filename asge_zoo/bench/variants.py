@@ -107,8 +107,8 @@ def closed_form(spec: Spec, batch: Batch) -> Run:
     @torch.no_grad()
     def run() -> None:
         found = gradients(*state.graph.tensors(), *batch)
-        for name, gradient in found.items():
-            state.parameters[name].grad = laid_out_like(state.parameters[name], gradient)
+        for name, gradient in laid_out_like(state.parameters, found).items():
+            state.parameters[name].grad = gradient
         state.optimizer.step()
         state.optimizer.zero_grad()
 

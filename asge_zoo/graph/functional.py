@@ -24,9 +24,12 @@ def bind(module: nn.Module, prefix: str, values: Values) -> Callable[..., Any]:
     return lambda *args: functional_call(module, tensors, args)
 
 
-def laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """A gradient in its parameter's layout: fused optimizers read memory as it lies, whatever the strides say."""
-    return gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
+def laid_out_like(parameters: Values, gradients: Values) -> dict[str, Tensor]:
+    """Gradients in their parameters' layouts: fused optimizers read memory as it lies, whatever the strides say."""
+    return {
+        name: x if x.stride() == parameters[name].stride() else torch.empty_like(parameters[name]).copy_(x)
+        for name, x in gradients.items()
+    }
 
 
 _copies = itertools.count()

@@ -97,6 +97,7 @@ class LocalGraph(nn.Module):
         """The rule's `unit_step`, and the ranks' reduction of what it found begun."""
         assert isinstance(self.rule, LayerLocalRule)
         found = self.rule.unit_step(self, index, own, constants, env, labels)
+        found = found._replace(grads=laid_out_like(own, found.grads))  # now: at the end, all would be there twice
         if self.reduction is None or not self._reduces_by_unit:
             return found
         return found._replace(grads=self.reduction.start(found.grads), buffers=self.reduction.start(found.buffers))
@@ -126,7 +127,7 @@ class LocalGraph(nn.Module):
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
             found = self.rule.step(self, params, state, images, labels)
             found = found if self.reduction is None else self._reduced(found, self.reduction)
-        return found._replace(grads={name: laid_out_like(params[name], x) for name, x in found.grads.items()})
+        return found._replace(grads=laid_out_like(params, found.grads))
 
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         """`step_fn`, compiled if the spec says so, on this module's own tensors. Changes nothing.
