@@ -1,8 +1,9 @@
-"""How time and memory of a step grow with batch, width, depth and classes: our compiled step's and backpropagation's.
+"""How time and memory of a step grow with batch, width, depth and classes: our compiled step and eager backpropagation.
 
     uv run python benchmarks/scale.py --json benchmarks/scale.json --plot benchmarks/scale.png
 
-Every point is a process of its own, which compiles first; images are random. By default small ones, for a CPU.
+Every point is a process of its own, which compiles first; images are random. The sizes are for a CPU. Prints a Markdown
+table, which the README shows.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 MIB = 2**20
-VARIANTS = ("asge_compiled", "bp_compiled")
+VARIANTS = ("asge_compiled", "bp_eager")
 BASE = {"batch": 32, "width": 0.25, "network": "vgg8", "classes": 10, "size": 32}
 POINTS: dict[str, list[dict[str, Any]]] = {
     "batch": [{"batch": batch} for batch in (16, 32, 64, 128)],
@@ -70,6 +71,16 @@ def measure(point: dict[str, Any], rounds: int) -> None:
     print(json.dumps(report))
 
 
+def row(point: dict[str, Any]) -> str:
+    """A point as a row of a Markdown table."""
+    cells = [str(point[key]) for key in BASE]
+    for name in VARIANTS:
+        variant = point["variants"][name]
+        cells += [f"{variant['ms']:.0f}", f"{variant['peak_bytes'] / MIB:.0f}"]
+    cells.append(f"{point['gradient_bytes'] / MIB:.0f}")
+    return f"| {' | '.join(cells)} |"
+
+
 def plot(found: dict[str, list[dict[str, Any]]], file: Path) -> None:
     """Time above, memory below, a column for each of the four."""
     from matplotlib.figure import Figure
@@ -101,13 +112,19 @@ def main() -> None:
     if options.measure:
         measure(json.loads(options.measure), options.rounds)
         return
+    columns = [*BASE, *(f"{name}: {what}" for name in VARIANTS for what in ("ms", "MiB")), "gradients: MiB"]
+    print(f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", sep="\n")
     found: dict[str, list[dict[str, Any]]] = {}
+    measured: dict[str, dict[str, Any]] = {}  # what two of the four have in common is measured once
     for what, points in POINTS.items():
-        for point in points:
-            command = [sys.executable, *sys.argv, "--measure", json.dumps({**BASE, **point})]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found.setdefault(what, []).append(json.loads(done.stdout.splitlines()[-1]))
-            print(what, found[what][-1], file=sys.stderr)
+        for point in ({**BASE, **point} for point in points):
+            key = json.dumps(point)
+            if key not in measured:
+                command = [sys.executable, *sys.argv, "--measure", key]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                measured[key] = json.loads(done.stdout.splitlines()[-1])
+            found.setdefault(what, []).append(measured[key])
+            print(row(measured[key]), flush=True)
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     plot(found, options.plot)
 
