@@ -1,6 +1,7 @@
 """How time and memory of a step grow with batch, width, depth and classes: our compiled step and eager backpropagation.
 
     uv run python benchmarks/scale.py --json benchmarks/scale.json --plot benchmarks/scale.png
+    uv run python benchmarks/scale.py --point '{"network": "resnet50", "width": 1.0, "size": 224, "classes": 1000}'
 
 Every point is a process of its own, which compiles first; images are random. The sizes are for a CPU. Prints a Markdown
 table, which the README shows.
@@ -104,13 +105,13 @@ def plot(found: dict[str, list[dict[str, Any]]], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--plot", type=Path, required=True)
+    parser.add_argument("--json", type=Path, default=Path("scale.json"))
+    parser.add_argument("--plot", type=Path, default=Path("scale.png"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--point", help="measure one point alone, a JSON object of what differs from the base; as JSON")
     options = parser.parse_args()
-    if options.measure:
-        measure(json.loads(options.measure), options.rounds)
+    if options.point:
+        measure({**BASE, **json.loads(options.point)}, options.rounds)
         return
     columns = [*BASE, *(f"{name}: {what}" for name in VARIANTS for what in ("ms", "MiB")), "gradients: MiB"]
     print(f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", sep="\n")
@@ -120,7 +121,7 @@ def main() -> None:
         for point in ({**BASE, **point} for point in points):
             key = json.dumps(point)
             if key not in measured:
-                command = [sys.executable, *sys.argv, "--measure", key]
+                command = [sys.executable, *sys.argv, "--point", key]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 measured[key] = json.loads(done.stdout.splitlines()[-1])
             found.setdefault(what, []).append(measured[key])
