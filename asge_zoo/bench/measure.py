@@ -15,7 +15,6 @@ from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], object]
 Key = TypeVar("Key")
-M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4  # glibc's mallopt
 
 
 def seconds(run: Run, device: torch.device) -> float:
@@ -71,16 +70,13 @@ def _allocations(profiler: profile) -> list[int]:
 def process_peak_bytes(run: Run) -> int | None:
     """The most resident memory that the process has during a call beyond what it had before; None off Linux.
 
-    A check of `peak_bytes` on the CPU, for what no profiler sees, such as a library's own scratch memory. From then on
-    glibc hands large blocks back to the kernel once they are freed, so that what is resident is what is held.
+    A check of `peak_bytes` on the CPU, for what no profiler sees, such as a library's own scratch memory; an upper
+    bound where the process keeps what it has freed, as the command line's do: new maps spread over its holes.
     """
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     gc.collect()
     try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 2**16)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**20)
-        libc.malloc_trim(0)  # it may have kept what was freed
+        ctypes.CDLL(None).malloc_trim(0)  # glibc may have kept what was freed
         reset.write_text("5")  # the peak becomes what is resident now
     except (OSError, AttributeError):
         return None
