@@ -22,7 +22,9 @@ RUNS = {
     "VGG8, 3×32×32, batch 128, bfloat16": ["vgg8_cifar10", "--precision", "bfloat16", "--rounds", "7"],
 }
 COLUMNS = {
-    "ms a step": lambda measured: f"{measured['ms']:.0f}",
+    "ms a step (lowest to highest)": lambda measured: (
+        f"{measured['ms']:.0f} ({measured['lowest_ms']:.0f} to {measured['highest_ms']:.0f})"
+    ),
     "images/s": lambda measured: f"{measured['images_per_second']:.1f}",
     "time, of the kernels'": lambda measured: f"{measured['of_kernels']:.2f}",
     "time, of compiled backpropagation's": lambda measured: f"{measured['of_bp_compiled']:.2f}",
@@ -61,7 +63,8 @@ def first_step(spec: str) -> dict[str, float]:
 
 def table(title: str, found: dict[str, Any]) -> str:
     """One run as a Markdown table, the fastest first."""
-    lines = [f"**{title}**", "", f"| | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
+    where = f"{found['device']}, {found['threads']} threads, torch {found['versions']['torch']}"
+    lines = [f"**{title}** ({where})", "", f"| | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
     for name, measured in sorted(found["variants"].items(), key=lambda item: item[1]["ms"]):
         lines.append(f"| `{name}` | {' | '.join(column(measured) for column in COLUMNS.values())} |")
     return "\n".join(lines)
