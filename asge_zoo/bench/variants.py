@@ -150,11 +150,11 @@ def kernels(spec: Spec, batch: Batch) -> Variant:
         run = bare_kernels(found, dtype, batch.images.device, layout)
         return torch.no_grad()(torch.compile(run, fullgraph=True) if compile else run)
 
-    eager = _layouts(network, lambda layout: make(layout, False), compiles=False)
-    compiled = _layouts(network, lambda layout: make(layout, True), compiles=True)
-    return {f"{name}, eager": way for name, way in eager.items()} | {
-        f"{name}, compiled": way for name, way in compiled.items()
-    }
+    floors: Variant = {}
+    for mode, compile in {"eager": False, "compiled": True}.items():
+        ways = _layouts(network, lambda layout, compile=compile: make(layout, compile), compiles=compile)
+        floors |= {f"{layout}, {mode}": way for layout, way in ways.items()}
+    return floors
 
 
 def _begin(spec: Spec, batch: Batch, *, compile: bool) -> TrainState:
