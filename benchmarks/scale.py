@@ -4,7 +4,7 @@
     uv run python benchmarks/scale.py --point '{"network": "resnet50", "width": 1.0, "size": 224, "classes": 1000}'
 
 Every point is a process of its own, which compiles first; images are random. The sizes are for a CPU. Prints a Markdown
-table, which the README shows.
+table.
 """
 
 import argparse

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from asge_zoo.bench.baselines import LayerLoop, backprop_step, classifier, loops_over
 from asge_zoo.bench.closed_form import ClosedForm, has_closed_form
 from asge_zoo.bench.kernels import bare_kernels, convolutions
+from asge_zoo.bench.measure import Run
 from asge_zoo.compiler.build import compile_spec
 from asge_zoo.compiler.check import parts
 from asge_zoo.engine.state import TrainState, begin
@@ -22,7 +23,6 @@ from asge_zoo.graph.layout import fastest_layout
 from asge_zoo.graph.local_graph import LocalGraph
 from asge_zoo.spec import Spec
 
-Run = Callable[[], object]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -59,17 +59,16 @@ def variants(spec: Spec, batch: Batch) -> dict[str, Variant]:
         "kernels": kernels(spec, batch),
         "asge_compiled": {"": Way(lambda: asge(spec, batch, compile=True), True)},
         "asge_eager": {"": Way(lambda: asge(spec, batch, compile=False), False)},
-        "bp_compiled": _layouts(network, lambda layout: backprop(spec, batch, layout, compile=True), compiles=True),
-        "bp_eager": _layouts(network, lambda layout: backprop(spec, batch, layout, compile=False), compiles=False),
+        "bp_compiled": _layouts(network, lambda layout: backprop(spec, batch, layout, mode="default"), compiles=True),
+        "bp_eager": _layouts(network, lambda layout: backprop(spec, batch, layout, mode=None), compiles=False),
     }
     if has_closed_form(graph):
         found["asge_closed_form"] = {"": Way(lambda: closed_form(spec, batch), True)}
     if loops_over(graph):
         found["layer_loop"] = _layouts(network, lambda layout: layer_loop(spec, batch, layout), compiles=False)
     if batch.images.is_cuda:
-        mode = "reduce-overhead"
         found["bp_cuda_graphs"] = _layouts(
-            network, lambda layout: backprop(spec, batch, layout, mode=mode), compiles=True
+            network, lambda layout: backprop(spec, batch, layout, mode="reduce-overhead"), compiles=True
         )
         if not graph.templates:  # those units are compiled, and would be launched, one by one
             found["asge_cuda_graphs"] = {"": Way(lambda: asge_cuda_graphs(spec, batch), True)}
@@ -127,14 +126,12 @@ def layer_loop(spec: Spec, batch: Batch, layout: torch.memory_format) -> Run:
     return run
 
 
-def backprop(
-    spec: Spec, batch: Batch, layout: torch.memory_format, *, compile: bool = True, mode: str = "default"
-) -> Run:
-    """See `backprop_step`; images and weights in that layout, the network compiled or not."""
+def backprop(spec: Spec, batch: Batch, layout: torch.memory_format, *, mode: str | None) -> Run:
+    """See `backprop_step`; images and weights in that layout, the network compiled in that mode; None for eager."""
     network = classifier(parts(spec), batch.images.device, layout)
     optimizer = parts(spec).optimizer.build([{"params": list(network.parameters())}])
     images, bf16 = batch.images.contiguous(memory_format=layout), spec.train.precision == "bfloat16"
-    forward = torch.compile(network, mode=mode) if compile else network
+    forward = torch.compile(network, mode=mode) if mode else network
     return lambda: backprop_step(forward, optimizer, images, batch.labels, bf16=bf16)
 
 
