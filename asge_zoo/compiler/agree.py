@@ -1,5 +1,8 @@
 """Whether a backbone's units compute what the backbone computes."""
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -10,11 +13,19 @@ from asge_zoo.graph.unit import INPUT
 
 TOLERANCE = 1e-6  # of the largest value
 SEED = 0
+Mode = Literal["evaluation", "training"]
+MODES: tuple[Mode, ...] = ("evaluation", "training")
 
 
 @torch.no_grad()
-def check_units(whole: nn.Module, backbone: nn.Module, pieces: Pieces, image_shape: tuple[int, int, int]) -> None:
-    """Refuse units that give another answer than the whole backbone, or other running statistics, in either mode.
+def check_units(
+    whole: nn.Module,
+    backbone: nn.Module,
+    pieces: Pieces,
+    image_shape: tuple[int, int, int],
+    modes: Sequence[Mode] = MODES,
+) -> None:
+    """Refuse units that give another answer than the whole backbone, or other running statistics, in any of the modes.
 
     Tracing misses what a forward pass decides by a flag of its own, such as `F.dropout(x, training=self.training)`, and
     what it changes in place.
@@ -24,6 +35,7 @@ def check_units(whole: nn.Module, backbone: nn.Module, pieces: Pieces, image_sha
         backbone: what was cut, on the CPU; left as it was.
         pieces: its units.
         image_shape: (C, H, W) of an image.
+        modes: in which both run on two images.
 
     Raises:
         SpecError: names the mode and what differs.
@@ -31,7 +43,7 @@ def check_units(whole: nn.Module, backbone: nn.Module, pieces: Pieces, image_sha
     was_training = backbone.training
     with torch.random.fork_rng(devices=[]):
         images = torch.randn(2, *image_shape)  # another number than while tracing
-        for mode in ("evaluation", "training"):
+        for mode in modes:
             values = {name: x.clone() for name, x in (*backbone.named_parameters(), *backbone.named_buffers())}
             whole.train(mode == "training")
             backbone.train(mode == "training")

@@ -1,12 +1,13 @@
 """compile_spec: a spec becomes a LocalGraph."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from asge_zoo.compiler.agree import check_units
+from asge_zoo.compiler.agree import MODES, Mode, check_units
 from asge_zoo.compiler.check import check_spec, parts
 from asge_zoo.compiler.cut import cut
 from asge_zoo.compiler.structure import templates
@@ -23,7 +24,7 @@ from asge_zoo.spec import Spec
 UNITS_IN_ONE_GRAPH = 12
 
 
-def compile_spec(spec: Spec, *, device: str | torch.device = "cpu") -> LocalGraph:
+def compile_spec(spec: Spec, *, device: str | torch.device = "cpu", modes: Sequence[Mode] = MODES) -> LocalGraph:
     """Build the spec's network for its first seed, cut into units, its step compiled on first use.
 
     Initial weights and projections are drawn on the CPU from `spec.train.seed`, so that every device
@@ -32,6 +33,7 @@ def compile_spec(spec: Spec, *, device: str | torch.device = "cpu") -> LocalGrap
     Args:
         spec: what to build.
         device: where to put it; `"meta"` builds shapes alone, and does not compare the units with the whole.
+        modes: in which the units are compared with the whole: what only predicts needs evaluation alone.
 
     Raises:
         SpecError: the spec's parts do not fit together; names the field.
@@ -49,7 +51,7 @@ def compile_spec(spec: Spec, *, device: str | torch.device = "cpu") -> LocalGrap
         whole = copy.deepcopy(module)
         pieces = cut(module, image_shape, part.backbone.cutting(module))
         if device.type != "meta":
-            check_units(whole, module, pieces, image_shape)
+            check_units(whole, module, pieces, image_shape, modes)
         last = pieces.units[-1].channels
         shapes = [MapShape(piece.channels, piece.height, piece.width, last_channels=last) for piece in pieces.units]
         rule.check(shapes, num_classes)
