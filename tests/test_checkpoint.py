@@ -143,9 +143,16 @@ def test_load_takes_the_best_of_a_run(trained: TrainedRun) -> None:
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), ("optimizer.kind=sgd",), ("schedule.kind=constant",), ("rule.kind=bp", "prediction.kind=last")],
+    [
+        (),
+        ("optimizer.kind=sgd",),
+        ("schedule.kind=constant",),
+        ("rule.kind=bp", "prediction.kind=last"),
+        ("train.compile=true",),
+    ],
     ids=" ".join,
 )
+@torch.compiler.set_stance("force_eager")  # a compiled network's weights lie otherwise in memory; its step may be eager
 def test_a_restored_run_takes_the_very_steps(overrides: tuple[str, ...], tmp_path: Path) -> None:
     """Weights, moments, rates and sums go on as in the run that was never saved."""
     going_on, restored = a_state(*overrides), a_state(*overrides, steps=0)

@@ -27,6 +27,7 @@ from asge_zoo.engine.checkpoint import (
 from asge_zoo.engine.meter import EpochRecord, Stopwatch, TrainMeter
 from asge_zoo.errors import CheckpointError, DivergenceError
 from asge_zoo.evaluate import Evaluation
+from asge_zoo.graph.functional import in_layout_of
 from asge_zoo.graph.local_graph import LocalGraph
 from asge_zoo.graph.rule import StepResult
 from asge_zoo.ranks import Ranks
@@ -230,7 +231,7 @@ class TrainState:
         moments: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(names))}
         for key, tensor in tensors.items():
             name, _, what = key.rpartition("|")
-            moments[names.index(name)][what] = tensor
+            moments[names.index(name)][what] = in_layout_of(self.parameters[name], tensor) if tensor.dim() else tensor
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def _restore_schedule(self, saved: SavedState) -> None:

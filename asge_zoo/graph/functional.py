@@ -26,10 +26,17 @@ def bind(module: nn.Module, prefix: str, values: Values) -> Callable[..., Any]:
 
 def laid_out_like(parameters: Values, gradients: Values) -> dict[str, Tensor]:
     """Gradients in their parameters' layouts: fused optimizers read memory as it lies, whatever the strides say."""
-    return {
-        name: x if x.stride() == parameters[name].stride() else torch.empty_like(parameters[name]).copy_(x)
-        for name, x in gradients.items()
-    }
+    return {name: in_layout_of(parameters[name], x) for name, x in gradients.items()}
+
+
+def in_layout_of(parameter: Tensor, x: Tensor) -> Tensor:
+    """A tensor of a parameter's shape, copied where it does not lie in memory as that does."""
+    return x if _strides(x) == _strides(parameter) else torch.empty_like(parameter).copy_(x)
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Of the dimensions that have any: the others' say nothing."""
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
 
 
 _copies = itertools.count()

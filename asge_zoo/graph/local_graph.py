@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from asge_zoo.graph.functional import bind, compiled, full_precision, laid_out_like
 from asge_zoo.graph.layout import fastest_layout
@@ -30,7 +31,7 @@ class LocalGraph(nn.Module):
             units of a structure share theirs; empty where the step is compiled as a whole.
 
     Attributes:
-        layout: of the maps in a compiled step.
+        layout: of the maps in a compiled step, and of the convolutions' weights with it.
         reduction: of gradients and running statistics over the ranks, where there are several; set it before the
             first step.
     """
@@ -62,6 +63,8 @@ class LocalGraph(nn.Module):
         self.compiled = compile
         self.templates = tuple(templates)
         self.layout = fastest_layout(backbone)
+        if compile:  # else every step would turn them there and its gradients back
+            convert_conv2d_weight_memory_format(backbone, self.layout)
         self.reduction: Reduction | None = None
         # a layer-local rule's step is made of this graph's `unit_step`, unless it writes its own
         self._reduces_by_unit = type(rule).step is LayerLocalRule.step
