@@ -47,7 +47,10 @@ def take_steps(
         for name in found[0].buffers:
             values = torch.stack([each.buffers[name] for each in found])
             buffers[name].copy_(values.mean(0) if values.is_floating_point() else values[0])
-    return {name: tensor.detach().clone() for name, tensor in (params | buffers).items()}
+    return {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in (params | buffers).items()
+    }
 
 
 def main() -> None:
