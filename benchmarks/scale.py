@@ -99,6 +99,9 @@ def plot(found: dict[str, list[dict[str, Any]]], file: Path) -> None:
             axes[1, column].plot(labels, memory, marker="o", label=name)
         axes[0, column].set(ylabel="ms a step", ylim=(0, None))
         axes[1, column].set(xlabel=what, ylabel="peak MiB", ylim=(0, None))
+        if what == "depth":
+            for row in (0, 1):
+                axes[row, column].tick_params(axis="x", labelrotation=20)
     axes[0, 0].legend()
     save(figure, file)
 
