@@ -3,7 +3,7 @@
     uv run python benchmarks/performance.py --measure benchmarks/performance.json
     uv run python benchmarks/performance.py benchmarks/performance.json
 
-The first measures, half an hour on two cores; the second prints the tables in Markdown.
+The first measures, a quarter of an hour on two cores; the second prints the tables in Markdown.
 """
 
 import argparse

@@ -4,7 +4,7 @@
     uv run python benchmarks/scale.py --point '{"network": "resnet50", "width": 1.0, "size": 224, "classes": 1000}'
 
 Every point is a process of its own, which compiles first; images are random. The sizes are for a CPU. Prints a Markdown
-table.
+table, which the README shows.
 """
 
 import argparse
@@ -100,8 +100,8 @@ def plot(found: dict[str, list[dict[str, Any]]], file: Path) -> None:
         axes[0, column].set(ylabel="ms a step", ylim=(0, None))
         axes[1, column].set(xlabel=what, ylabel="peak MiB", ylim=(0, None))
         if what == "depth":
-            for row in (0, 1):
-                axes[row, column].tick_params(axis="x", labelrotation=20)
+            for each in axes[:, column]:
+                each.tick_params(axis="x", labelrotation=20)  # networks' names are long
     axes[0, 0].legend()
     save(figure, file)
 

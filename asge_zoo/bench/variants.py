@@ -100,7 +100,7 @@ def asge_cuda_graphs(spec: Spec, batch: Batch) -> Run:
 
 def closed_form(spec: Spec, batch: Batch) -> Run:
     """The units' gradients by equation 7, compiled as one graph, and the optimizer's step on them."""
-    state = _begin(spec, batch, compile=True)
+    state = _begin(spec, batch, compile=True)  # for its weights' layout; its own step is never run
     gradients = compiled(cast(MethodType, ClosedForm(state.graph).gradients))
 
     @torch.no_grad()
