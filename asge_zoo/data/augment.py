@@ -35,8 +35,8 @@ def augment_batch(
         corners = torch.randint(2 * options.crop_padding + 1, (2, batch_size), generator=generator)
         images = padded_crop(images, options.crop_padding, *(shard.of(corner) for corner in corners))
     if options.flip:
-        flipped = shard.of(torch.rand(batch_size, generator=generator) < 0.5)
-        images = torch.where(flipped.to(images.device)[:, None, None, None], images.flip(3), images)
+        flipped = _on_device(shard.of(torch.rand(batch_size, generator=generator) < 0.5), images)
+        images = torch.where(flipped[:, None, None, None], images.flip(3), images)
     return images
 
 
@@ -45,4 +45,9 @@ def padded_crop(images: Tensor, padding: int, top: Tensor, left: Tensor) -> Tens
     _, _, height, width = images.shape
     windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
     rows = torch.arange(len(images), device=images.device)
-    return windows[rows, :, top.to(images.device), left.to(images.device)]
+    return windows[rows, :, _on_device(top, images), _on_device(left, images)]
+
+
+def _on_device(draws: Tensor, images: Tensor) -> Tensor:
+    """Draws where the images are; to a GPU from pinned memory, which the host need not wait for."""
+    return draws.pin_memory().to(images.device, non_blocking=True) if images.is_cuda else draws

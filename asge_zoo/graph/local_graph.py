@@ -15,7 +15,7 @@ from asge_zoo.graph.functional import bind, compiled, full_precision, laid_out_l
 from asge_zoo.graph.layout import fastest_layout
 from asge_zoo.graph.prediction import Prediction
 from asge_zoo.graph.reduction import Reduction
-from asge_zoo.graph.rule import LayerLocalRule, Rule, StepResult, UnitResult
+from asge_zoo.graph.rule import LayerLocalRule, Rule, StepResult, UnitResult, replaced
 from asge_zoo.graph.shared import SharedSteps
 from asge_zoo.graph.unit import INPUT, Unit, Values
 
@@ -100,10 +100,10 @@ class LocalGraph(nn.Module):
         """The rule's `unit_step`, and the ranks' reduction of what it found begun."""
         assert isinstance(self.rule, LayerLocalRule)
         found = self.rule.unit_step(self, index, own, constants, env, labels)
-        found = found._replace(grads=laid_out_like(own, found.grads))  # now: at the end, all would be there twice
+        found = replaced(found, grads=laid_out_like(own, found.grads))  # now: at the end, all would be there twice
         if self.reduction is None or not self._reduces_by_unit:
             return found
-        return found._replace(grads=self.reduction.start(found.grads), buffers=self.reduction.start(found.buffers))
+        return replaced(found, grads=self.reduction.start(found.grads), buffers=self.reduction.start(found.buffers))
 
     def _reduced(self, found: StepResult, reduction: Reduction) -> StepResult:
         """A step's result with all that is reduced over the ranks there."""
@@ -111,7 +111,7 @@ class LocalGraph(nn.Module):
         rest = {n: x for n, x in found.grads.items() if not begun or n in self.head_parameters}
         grads = {**found.grads, **reduction.start(rest)}
         buffers = found.buffers if begun else reduction.start(found.buffers)
-        return found._replace(grads=reduction.finish(grads), buffers=reduction.finish(buffers))
+        return replaced(found, grads=reduction.finish(grads), buffers=reduction.finish(buffers))
 
     # Training.
 
@@ -130,7 +130,7 @@ class LocalGraph(nn.Module):
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
             found = self.rule.step(self, params, state, images, labels)
             found = found if self.reduction is None else self._reduced(found, self.reduction)
-        return found._replace(grads=laid_out_like(params, found.grads))
+        return replaced(found, grads=laid_out_like(params, found.grads))
 
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         """`step_fn`, compiled if the spec says so, on this module's own tensors. Changes nothing.

@@ -5,7 +5,7 @@ Shapes: B batch, C channels, H height, W width, N classes. Images are float, nor
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,14 @@ class UnitResult(NamedTuple):
     kept: list[Tensor]
     made: dict[str, Tensor]
     buffers: dict[str, Tensor]
+
+
+Result = TypeVar("Result", StepResult, UnitResult)
+
+
+def replaced(result: Result, **fields: Any) -> Result:
+    """`result._replace(**fields)`, for what is compiled: torch 2.11 can't trace that."""
+    return type(result)(**{**result._asdict(), **fields})
 
 
 class Rule(Component):
@@ -173,7 +181,7 @@ class LayerLocalRule(Rule):
         for index, unit in enumerate(graph.units):
             result = graph.unit_step(index, params, state, env, labels)
             env = unit.leave({**env, **result.made})
-            found.append(result._replace(made={}))  # only what a later unit still reads is kept
+            found.append(replaced(result, made={}))  # only what a later unit still reads is kept
         grads = {name: grad for result in found for name, grad in result.grads.items()}
         buffers = {name: value for result in found for name, value in result.buffers.items()}
         unit_logits = [logits for result in found for logits in result.logits]

@@ -50,9 +50,9 @@ class SampleLayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_contiguous():
-            return F.layer_norm(x, x.shape[1:], eps=self.eps)
+            return F.layer_norm(x, x.shape[1:], eps=self.eps).to(x.dtype)  # autocast on a GPU makes it float32
         by_pixel = x.permute(0, 2, 3, 1)  # so that a map with channels last stays one
-        return F.layer_norm(by_pixel, by_pixel.shape[1:], eps=self.eps).permute(0, 3, 1, 2)
+        return F.layer_norm(by_pixel, by_pixel.shape[1:], eps=self.eps).permute(0, 3, 1, 2).to(x.dtype)
 
 
 class SampleRMSNorm(nn.Module):
@@ -63,7 +63,7 @@ class SampleRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[1:], eps=self.eps)
+        return F.rms_norm(x, x.shape[1:], eps=self.eps).to(x.dtype)
 
 
 @register
