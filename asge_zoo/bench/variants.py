@@ -70,8 +70,7 @@ def variants(spec: Spec, batch: Batch) -> dict[str, Variant]:
         found["bp_cuda_graphs"] = _layouts(
             network, lambda layout: backprop(spec, batch, layout, mode="reduce-overhead"), compiles=True
         )
-        if not graph.templates:  # those units are compiled, and would be launched, one by one
-            found["asge_cuda_graphs"] = {"": Way(lambda: asge_cuda_graphs(spec, batch), True)}
+        found["asge_cuda_graphs"] = {"": Way(lambda: asge(spec, batch, compile=True, cuda_graphs=True), True)}
     return found
 
 
@@ -80,22 +79,11 @@ def _layouts(network: nn.Module, make: Callable[[torch.memory_format], Run], *, 
     return {name: Way(lambda layout=LAYOUTS[name]: make(layout), compiles) for name in names}
 
 
-def asge(spec: Spec, batch: Batch, *, compile: bool) -> Run:
-    """The step that `train` runs, whatever the spec's rule, its metrics left out."""
+def asge(spec: Spec, batch: Batch, *, compile: bool, cuda_graphs: bool = False) -> Run:
+    """The step that `train` runs, whatever the spec's rule, its metrics left out; on a GPU that is by CUDA graphs."""
     state = _begin(spec, batch, compile=compile)
+    state.graph.cuda_graphs = cuda_graphs
     return lambda: state.update(state.graph.step(*batch))
-
-
-def asge_cuda_graphs(spec: Spec, batch: Batch) -> Run:
-    """`asge`, its gradients compiled as one graph that is launched as a CUDA graph; off CUDA the same without."""
-    state = _begin(spec, batch, compile=True)
-    step = compiled(cast(MethodType, state.graph.step_fn), cuda_graphs=True)
-
-    @torch.no_grad()
-    def run() -> None:
-        state.update(step(*state.graph.tensors(), *batch))
-
-    return run
 
 
 def closed_form(spec: Spec, batch: Batch) -> Run:

@@ -8,6 +8,7 @@ import ctypes
 import logging
 import os
 import sys
+import warnings
 from signal import Signals
 
 import click
@@ -52,6 +53,8 @@ def run(arguments: list[str] | None = None) -> int:
     """Run one command line; returns its exit code. Errors that a user can act on go to stderr as one line."""
     # warns wherever there is CUDA's toolkit and no GPU, such as on a cluster's login node
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    # convolutions use it; projections to logits are small, and exact
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
     try:
         return cli.main(args=arguments, prog_name="asge-zoo", standalone_mode=False) or 0
     except click.exceptions.NoArgsIsHelpError as error:

@@ -66,7 +66,6 @@ COMPILER = {
 }
 
 
-def compiled(method: MethodType, *, cuda_graphs: bool = False) -> Callable[..., Any]:
-    """A bound method compiled as one graph; with `cuda_graphs` its kernels are launched together, on a GPU."""
-    options = {**COMPILER, "triton.cudagraphs": cuda_graphs}
-    return torch.compile(own_code(method), fullgraph=True, options=options)
+def compiled(method: MethodType) -> Callable[..., Any]:
+    """A bound method compiled as one graph."""
+    return torch.compile(own_code(method), fullgraph=True, options=COMPILER)

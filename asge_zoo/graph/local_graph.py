@@ -15,6 +15,7 @@ from asge_zoo.graph.functional import bind, compiled, full_precision, laid_out_l
 from asge_zoo.graph.layout import fastest_layout
 from asge_zoo.graph.prediction import Prediction
 from asge_zoo.graph.reduction import Reduction
+from asge_zoo.graph.replay import Replay
 from asge_zoo.graph.rule import LayerLocalRule, Rule, StepResult, UnitResult, replaced
 from asge_zoo.graph.shared import SharedSteps
 from asge_zoo.graph.unit import INPUT, Unit, Values
@@ -34,6 +35,8 @@ class LocalGraph(nn.Module):
         layout: of the maps in a compiled step, and of the convolutions' weights with it.
         reduction: of gradients and running statistics over the ranks, where there are several; set it before the
             first step.
+        cuda_graphs: whether a compiled step on a GPU is recorded as a CUDA graph, where there is one rank; set it
+            before the first step.
     """
 
     def __init__(
@@ -65,11 +68,20 @@ class LocalGraph(nn.Module):
         self.layout = fastest_layout(backbone)
         if compile:  # else every step would turn them there and its gradients back
             convert_conv2d_weight_memory_format(backbone, self.layout)
+            self._leave_contiguous([unit for unit in units if unit.height == unit.width == 1])
         self.reduction: Reduction | None = None
+        self.cuda_graphs = True
         # a layer-local rule's step is made of this graph's `unit_step`, unless it writes its own
         self._reduces_by_unit = type(rule).step is LayerLocalRule.step
         self._step: Callable[..., StepResult] | None = None
         self._unit_step: Callable[..., UnitResult] | None = None
+
+    def _leave_contiguous(self, units: Sequence[Unit]) -> None:
+        """The weights of units on maps of one pixel, whose layout is nobody's: on a GPU torch's compiler (2.11) takes
+        it from the weights, where cuDNN takes it from the maps, and their gradients' layouts would not agree."""
+        for name in {name for unit in units for name in unit.parameters}:
+            parameter = self.get_parameter(name)
+            parameter.data = parameter.data.contiguous()
 
     # Building blocks for rules.
 
@@ -135,6 +147,7 @@ class LocalGraph(nn.Module):
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         """`step_fn`, compiled if the spec says so, on this module's own tensors. Changes nothing.
 
+        On a GPU, compiled, it is replayed as a CUDA graph: what it returns is overwritten by the next step.
         Dropout, where the backbone has it, draws from torch's generator: seed that for equal steps.
 
         Args:
@@ -149,10 +162,13 @@ class LocalGraph(nn.Module):
     def _built_step(self) -> Callable[..., StepResult]:
         if not self.compiled:
             return self.step_fn
-        if not self.templates:
-            return compiled(cast(MethodType, self.step_fn))
-        self._unit_step = SharedSteps(self, self.templates)
-        return self.step_fn
+        step = self.step_fn
+        if self.templates:
+            self._unit_step = SharedSteps(self, self.templates)
+        else:
+            step = compiled(cast(MethodType, step))
+        on_gpu = next(self.parameters()).is_cuda
+        return Replay(step) if on_gpu and self.cuda_graphs and self.reduction is None else step
 
     @property
     def compiled_graphs(self) -> int:
