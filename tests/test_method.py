@@ -16,6 +16,7 @@ from asge_zoo.graph.local_graph import LocalGraph
 from asge_zoo.ops.goodness import MapShape, SpatialGoodness
 from asge_zoo.ops.norm import Norm
 from asge_zoo.ops.pooling import Pooling, rms_pool2d
+from asge_zoo.ops.projection import linear_in_parts, linear_to_logits
 from asge_zoo.ops.transfer import Transfer
 from asge_zoo.spec import Spec
 
@@ -242,6 +243,12 @@ def test_projections_are_fixed_and_normal() -> None:
 
 
 @pytest.mark.parametrize("later", [1, 3, 6])
+def test_logits_in_parts_are_the_product() -> None:
+    """What a GPU does for few logits."""
+    x, weight, bias = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 256), (256, 10), (10,)))
+    torch.testing.assert_close(linear_in_parts(x, weight, bias), linear_to_logits(x, weight, bias))
+
+
 @pytest.mark.parametrize("changed", ["weight", "projection"])
 def test_later_units_do_not_reach_earlier_ones(changed: str, later: int) -> None:
     """Changing a unit's weights or projection leaves all gradients before it bitwise as they were."""

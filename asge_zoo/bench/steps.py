@@ -13,6 +13,7 @@ from asge_zoo.compiler.check import check_spec, parts
 from asge_zoo.spec import Spec
 
 Key = tuple[str, str]  # a variant and the way that it is run
+WITHOUT_MEMORY = ("kernels", "asge_cuda_graphs", "bp_cuda_graphs")  # a graph holds its memory between steps
 WARM_UP = 2  # calls of each variant that are not timed, the first of which compiles
 
 
@@ -29,7 +30,8 @@ def bench_spec(spec: Spec, *, device: torch.device, count: int) -> dict[str, Any
         `of_bp_compiled`, medians of the rounds' ratios of times; `peak_bytes` of a step beyond the resting state and
         `process_peak_bytes`, its check; `compile_seconds`, of the first step `cold` (nothing cached) and `warm` (from
         the caches on disk), None where nothing compiles; and where there are several ways to run it, in which layout
-        for one, `chosen`, the fastest. `kernels`, the floor, has no memory. And what it ran on.
+        for one, `chosen`, the fastest. `kernels`, the floor, has no memory, nor have CUDA graphs, which hold between
+        steps what the same step without them takes. And what it ran on.
 
     Raises:
         SpecError: the spec's parts do not fit together; names the field.
@@ -48,9 +50,10 @@ def bench_spec(spec: Spec, *, device: torch.device, count: int) -> dict[str, Any
         if len(made[name]) > 1:
             found[name]["chosen"] = way
         if name != "kernels":
+            found[name]["compile_seconds"] = compile_seconds[name, way]
+        if name not in WITHOUT_MEMORY:
             run = runs[name, way]
             found[name] |= {"peak_bytes": peak_bytes(run, device), "process_peak_bytes": _checked(run, device)}
-            found[name]["compile_seconds"] = compile_seconds[name, way]
     return {
         "spec": spec.name,
         "variants": found,

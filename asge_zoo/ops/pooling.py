@@ -33,8 +33,13 @@ def rms_pool2d(x: Tensor, kernel_size: int) -> Tensor:
     Returns:
         (B, C, H // kernel_size, W // kernel_size), dtype of `x`.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    mean_square = F.avg_pool2d(x.to(wide).square(), kernel_size)
+    square = x.to(torch.promote_types(x.dtype, torch.float32)).square()
+    if square.is_cuda and torch.compiler.is_compiling():  # for `avg_pool2d` the compiler would store the squares
+        rows, columns = (size // kernel_size for size in square.shape[-2:])
+        even = square[..., : rows * kernel_size, : columns * kernel_size]
+        mean_square = even.unflatten(-1, (columns, kernel_size)).unflatten(-3, (rows, kernel_size)).mean((-3, -1))
+    else:
+        mean_square = F.avg_pool2d(square, kernel_size)
     active = mean_square > 0
     return torch.where(active, torch.where(active, mean_square, 1.0).sqrt(), 0.0).to(x.dtype)
 

@@ -10,6 +10,28 @@ from torch import Tensor, nn
 
 from asge_zoo.registry import Component, register
 
+PART = 64  # features
+FEW = 128  # logits
+
+
+def linear_to_logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W + b: `torch.addmm`, on a GPU in parts where there are few logits, which one multiprocessor alone would sum.
+
+    Args:
+        x: (B, D), floating point.
+        weight: (D, N).
+        bias: (N,).
+    """
+    if x.is_cuda and weight.shape[1] <= FEW and weight.shape[0] % PART == 0:
+        return linear_in_parts(x, weight, bias)
+    return torch.addmm(bias, x, weight)
+
+
+def linear_in_parts(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W + b as the sum of products of `PART` features each; shapes as for `linear_to_logits`, D a multiple."""
+    parts = x.unflatten(1, (-1, PART)).transpose(0, 1)  # (D / PART, B, PART)
+    return torch.bmm(parts, weight.unflatten(0, (-1, PART))).sum(0) + bias
+
 
 class Projection(Component):
     """Contract of a projection: builds a module whose tensors are drawn once and never trained."""
@@ -33,7 +55,7 @@ class FixedLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, goodness: Tensor) -> Tensor:
-        return torch.addmm(self.bias, goodness, self.weight)
+        return linear_to_logits(goodness, self.weight, self.bias)
 
 
 @register

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from asge_zoo.graph.prediction import Prediction
 from asge_zoo.graph.unit import Unit
+from asge_zoo.ops.projection import linear_to_logits
 
 
 class LinearSum(nn.Module):
@@ -23,7 +24,9 @@ class LinearSum(nn.Module):
         self.linears = nn.ModuleList(nn.Linear(dim, num_classes) for dim in dims)
 
     def forward(self, *pooled: Tensor) -> Tensor:
-        return torch.stack([linear(x) for linear, x in zip(self.linears, pooled, strict=True)]).sum(0)
+        weights = [(layer.get_parameter("weight").T, layer.get_parameter("bias")) for layer in self.linears]
+        logits = [linear_to_logits(x, *own) for x, own in zip(pooled, weights, strict=True)]
+        return torch.stack(logits).sum(0)
 
 
 class PooledPrediction(Prediction):
