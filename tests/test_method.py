@@ -243,12 +243,6 @@ def test_projections_are_fixed_and_normal() -> None:
 
 
 @pytest.mark.parametrize("later", [1, 3, 6])
-def test_logits_in_parts_are_the_product() -> None:
-    """What a GPU does for few logits."""
-    x, weight, bias = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 256), (256, 10), (10,)))
-    torch.testing.assert_close(linear_in_parts(x, weight, bias), linear_to_logits(x, weight, bias))
-
-
 @pytest.mark.parametrize("changed", ["weight", "projection"])
 def test_later_units_do_not_reach_earlier_ones(changed: str, later: int) -> None:
     """Changing a unit's weights or projection leaves all gradients before it bitwise as they were."""
@@ -409,6 +403,12 @@ def test_best_needs_a_layer_local_rule() -> None:
 
 
 # RMS pooling.
+
+
+def test_logits_in_parts_are_the_product() -> None:
+    """What a GPU does for few logits."""
+    x, weight, bias = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 256), (256, 10), (10,)))
+    torch.testing.assert_close(linear_in_parts(x, weight, bias), linear_to_logits(x, weight, bias))
 
 
 def test_rms_pooling_values() -> None:

@@ -1,7 +1,7 @@
 """What Last and Fusion share: linear heads on globally average-pooled feature maps (Table 3)."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -24,8 +24,8 @@ class LinearSum(nn.Module):
         self.linears = nn.ModuleList(nn.Linear(dim, num_classes) for dim in dims)
 
     def forward(self, *pooled: Tensor) -> Tensor:
-        weights = [(layer.get_parameter("weight").T, layer.get_parameter("bias")) for layer in self.linears]
-        logits = [linear_to_logits(x, *own) for x, own in zip(pooled, weights, strict=True)]
+        layers = [cast(nn.Linear, layer) for layer in self.linears]
+        logits = [linear_to_logits(x, layer.weight.T, layer.bias) for layer, x in zip(layers, pooled, strict=True)]
         return torch.stack(logits).sum(0)
 
 
