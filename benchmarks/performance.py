@@ -1,9 +1,10 @@
-"""The README's performance tables, from one JSON file with hardware and versions.
+"""The README's performance tables, from a JSON file with hardware and versions.
 
     uv run python benchmarks/performance.py --measure benchmarks/performance.json
-    uv run python benchmarks/performance.py benchmarks/performance.json
+    uv run python benchmarks/performance.py benchmarks/performance.json benchmarks/gpu.json
 
-The first measures, a quarter of an hour on two cores; the second prints the tables in Markdown.
+The first measures on a GPU, if there is one, else on the CPU, a quarter of an hour on two cores; the second prints the
+tables in Markdown.
 """
 
 import argparse
@@ -16,20 +17,23 @@ from pathlib import Path
 from typing import Any
 
 MIB = 2**20
-# By title: arguments of `asge-zoo bench`.
-RUNS = {
-    "VGG8, 3×32×32, batch 128, float32": ["vgg8_cifar10", "--rounds", "7"],
-    "VGG8, 3×32×32, batch 128, bfloat16": ["vgg8_cifar10", "--precision", "bfloat16", "--rounds", "7"],
-}
+# Network and spec, of images of 3×32×32 in batches of 128.
+ON_CPU = {"VGG8": "vgg8_cifar10"}
+ON_GPU = {**ON_CPU, "VGG11": "vgg11_cifar10", "resnet18": "resnet18_cifar10", "resnet50": "resnet50_cifar100"}
 COLUMNS = {
     "ms a step (lowest to highest)": lambda measured: (
-        f"{measured['ms']:.0f} ({measured['lowest_ms']:.0f} to {measured['highest_ms']:.0f})"
+        f"{short(measured['ms'])} ({short(measured['lowest_ms'])} to {short(measured['highest_ms'])})"
     ),
-    "images/s": lambda measured: f"{measured['images_per_second']:.1f}",
+    "images/s": lambda measured: short(measured["images_per_second"]),
     "time, of the kernels'": lambda measured: f"{measured['of_kernels']:.2f}",
     "time, of compiled backpropagation's": lambda measured: f"{measured['of_bp_compiled']:.2f}",
     "peak MiB": lambda measured: f"{measured['peak_bytes'] / MIB:.0f}" if "peak_bytes" in measured else "-",
 }
+
+
+def short(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def bench(arguments: list[str]) -> dict[str, Any]:
@@ -44,11 +48,12 @@ def first_step(spec: str) -> dict[str, float]:
         "import json, sys, time, torch\n"
         "from asge_zoo.bench.variants import random_batch\n"
         "from asge_zoo.compiler.build import compile_spec\n"
+        "from asge_zoo.engine.device import pick_device\n"
         "from asge_zoo.spec import load_spec\n"
-        "spec = load_spec(sys.argv[1])\n"
-        "graph, batch = compile_spec(spec).train(), random_batch(spec, torch.device('cpu'))\n"
+        "spec, device = load_spec(sys.argv[1]), pick_device()\n"
+        "graph, batch = compile_spec(spec, device=device).train(), random_batch(spec, device)\n"
         "started = time.perf_counter()\n"
-        "graph.step(*batch)\n"
+        "graph.step(*batch).losses.tolist()\n"
         "print(json.dumps(time.perf_counter() - started))\n"
     )
     found = {}
@@ -70,25 +75,39 @@ def table(title: str, found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def measure() -> dict[str, Any]:
+    """Everything, in processes of their own; a file's content."""
+    import torch
+
+    networks = ON_GPU if torch.cuda.is_available() else ON_CPU
+    return {
+        "runs": {
+            f"{network}, 3×32×32, batch 128, {precision}": bench([spec, "--precision", precision, "--rounds", "7"])
+            for network, spec in networks.items()
+            for precision in ("float32", "bfloat16")
+        },
+        "startup": bench(["--startup"]),
+        "first_step": first_step("vgg8_cifar10"),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--measure", action="store_true", help="write the file first")
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--measure", action="store_true", help="write the one file first")
     options = parser.parse_args()
     if options.measure:
-        measured = {
-            "runs": {title: bench(arguments) for title, arguments in RUNS.items()},
-            "startup": bench(["--startup"]),
-            "first_step": first_step("vgg8_cifar10"),
-        }
-        options.file.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-    found = json.loads(options.file.read_text(encoding="utf-8"))
-    for title, run in found["runs"].items():
-        print(table(title, run), end="\n\n")
-    first = found["first_step"]
-    print(f"First step: {first['cold']:.1f} s with empty caches, {first['warm']:.1f} s in the next process.")
-    for command, measured in found["startup"]["commands"].items():
-        print(f"`{command}`: {measured['ms']:.0f} ms")
+        (file,) = options.files
+        file.write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
+    for file in options.files:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        for title, run in found["runs"].items():
+            print(table(title, run), end="\n\n")
+        if "first_step" in found:
+            first = found["first_step"]
+            print(f"First step: {first['cold']:.1f} s with empty caches, {first['warm']:.1f} s in the next process.")
+            for command, measured in found["startup"]["commands"].items():
+                print(f"`{command}`: {measured['ms']:.0f} ms")
 
 
 if __name__ == "__main__":

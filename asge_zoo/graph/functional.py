@@ -59,6 +59,7 @@ COMPILER = {
     # Operations run in the order in which they are written, a unit's gradient before the next unit's forward: what the
     # compiler would reorder and fuse across units (all that reads the labels) keeps several units' maps alive at once.
     "reorder_for_peak_memory": False,
+    "reorder_for_locality": False,  # puts what only leaves the step last: biases' gradients, which keep all units' maps
     "score_fusion_memory_threshold": 2**16,  # bytes that two operations read in common, for them to be fused
     # A value that several operations read is stored if three reads or more make it, such as a normalised map; by
     # torch's default, five, it is computed and stored once for the convolution and once more for its gradient.

@@ -73,7 +73,7 @@ class LocalGraph(nn.Module):
         self.cuda_graphs = True
         # a layer-local rule's step is made of this graph's `unit_step`, unless it writes its own
         self._reduces_by_unit = type(rule).step is LayerLocalRule.step
-        self._step: Callable[..., StepResult] | None = None
+        self._steps: dict[bool, Callable[..., StepResult]] = {}  # in training mode and not: a recorded one has no other
         self._unit_step: Callable[..., UnitResult] | None = None
 
     def _leave_contiguous(self, units: Sequence[Unit]) -> None:
@@ -154,17 +154,17 @@ class LocalGraph(nn.Module):
             images: (B, C, H, W), float, normalised.
             labels: (B,), int64.
         """
-        if self._step is None:  # torch's compiler takes seconds to load: only who trains waits for it
-            self._step = self._built_step()
+        if self.training not in self._steps:  # torch's compiler takes seconds to load: only who trains waits for it
+            self._steps[self.training] = self._built_step()
         with torch.no_grad():  # gradients are taken inside, by torch.func; nothing else may track them
-            return self._step(*self.tensors(), images, labels)
+            return self._steps[self.training](*self.tensors(), images, labels)
 
     def _built_step(self) -> Callable[..., StepResult]:
         if not self.compiled:
             return self.step_fn
         step = self.step_fn
         if self.templates:
-            self._unit_step = SharedSteps(self, self.templates)
+            self._unit_step = self._unit_step or SharedSteps(self, self.templates)
         else:
             step = compiled(cast(MethodType, step))
         on_gpu = next(self.parameters()).is_cuda
