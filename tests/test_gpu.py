@@ -1,7 +1,4 @@
-"""What only a GPU can show: skipped where there is none.
-
-Data is made here and MNIST's where it lies; `tests/test_image_loader.py` has the loaders' own.
-"""
+"""What only a GPU can show: skipped where there is none. `tests/test_image_loader.py` has its own of the loaders."""
 
 import hashlib
 import os
@@ -36,7 +33,7 @@ def exact_float32() -> Iterator[None]:
         yield
 
 
-def wide(*overrides: str) -> Spec:
+def quarter(*overrides: str) -> Spec:
     """VGG8 on CIFAR-10's shapes, at a quarter of its width."""
     return load_spec("vgg8_cifar10_quarter", overrides=["data.batch_size=32", *overrides])
 
@@ -67,7 +64,7 @@ def test_the_compiled_step_is_the_cpus(exact_float32: None, name: str, precision
 
 
 def test_maps_keep_their_precision_under_autocast() -> None:
-    graph = compile_spec(wide("train.precision=bfloat16", "train.compile=false"), device=GPU)
+    graph = compile_spec(quarter("train.precision=bfloat16", "train.compile=false"), device=GPU)
     seen: list[torch.dtype] = []
     with torch.no_grad(), torch.autocast(GPU, torch.bfloat16):
         for index, env in graph.walk(torch.randn(2, 3, 32, 32, device=GPU)):
@@ -93,9 +90,9 @@ def test_cuda_graphs_learn_what_the_step_learns(exact_float32: None, name: str) 
 @pytest.mark.compile
 def test_a_recorded_step_follows_its_tensors() -> None:
     """Other images, weights changed where they lie, weights that have moved, another batch size."""
-    graphs = [compile_spec(wide(), device=GPU).train() for _ in range(2)]
+    graphs = [compile_spec(quarter(), device=GPU).train() for _ in range(2)]
     graphs[1].cuda_graphs = False
-    first, second = random_batch(wide(), torch.device(GPU)), random_batch(wide(), torch.device(GPU))
+    first, second = random_batch(quarter(), torch.device(GPU)), random_batch(quarter(), torch.device(GPU))
 
     def agree(images: torch.Tensor, labels: torch.Tensor) -> None:
         one, other = (graph.step(images, labels) for graph in graphs)

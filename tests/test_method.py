@@ -226,6 +226,12 @@ def test_classifier_parameters_of_table_3(prediction: str, expected: int) -> Non
     assert sum(parameter.numel() for parameter in graph.head.parameters()) == expected
 
 
+def test_logits_in_parts_are_the_product() -> None:
+    """What a GPU does for few logits."""
+    x, weight, bias = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 256), (256, 10), (10,)))
+    torch.testing.assert_close(linear_in_parts(x, weight, bias), linear_to_logits(x, weight, bias))
+
+
 def test_projections_are_fixed_and_normal() -> None:
     """Equation 5: standard deviation 1/√N, drawn by the seed, saved, and no parameters."""
     graph, again, other = build(alpha=2.0), build(alpha=2.0), build(alpha=2.0, seed=1)
@@ -403,12 +409,6 @@ def test_best_needs_a_layer_local_rule() -> None:
 
 
 # RMS pooling.
-
-
-def test_logits_in_parts_are_the_product() -> None:
-    """What a GPU does for few logits."""
-    x, weight, bias = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 256), (256, 10), (10,)))
-    torch.testing.assert_close(linear_in_parts(x, weight, bias), linear_to_logits(x, weight, bias))
 
 
 def test_rms_pooling_values() -> None:
