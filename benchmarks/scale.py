@@ -12,6 +12,7 @@ import json
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def measure(point: dict[str, Any], rounds: int) -> None:
     import torch
 
     from asge_zoo.bench.machine import machine
-    from asge_zoo.bench.measure import peak_bytes
+    from asge_zoo.bench.measure import peak_bytes, step_seconds
     from asge_zoo.bench.measure import rounds as timed
     from asge_zoo.bench.variants import random_batch, variants
     from asge_zoo.compiler.build import compile_spec
@@ -61,8 +62,9 @@ def measure(point: dict[str, Any], rounds: int) -> None:
     spec, device = load_spec(spec_of(point)), pick_device()
     made = variants(spec, random_batch(spec, device))
     runs = {(name, way): made[name][way].make() for name in VARIANTS for way in made[name]}
-    timed(runs, 2, device)
-    times = {key: statistics.median(each) for key, each in timed(runs, rounds, device).items()}
+    timers = {key: partial(step_seconds, run, device) for key, run in runs.items()}
+    timed(timers, 2)
+    times = {key: statistics.median(each) for key, each in timed(timers, rounds).items()}
     fastest = {name: min((key for key in runs if key[0] == name), key=times.__getitem__) for name in VARIANTS}
     found = {
         name: {"ms": 1000 * times[key], "peak_bytes": peak_bytes(runs[key], device)} for name, key in fastest.items()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import multiprocessing
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,10 @@ from asge_zoo.backbones.base import Backbone
 from asge_zoo.bench.closed_form import ClosedForm, has_closed_form
 from asge_zoo.bench.kernels import bare_kernels, convolutions
 from asge_zoo.bench.measure import peak_bytes, process_peak_bytes
+from asge_zoo.bench.share import own_process
 from asge_zoo.bench.variants import random_batch, variants
 from asge_zoo.compiler.build import compile_spec
+from asge_zoo.errors import ZooError
 from asge_zoo.ops.norm import Norm
 from asge_zoo.ops.pooling import Pooling
 from asge_zoo.ops.transfer import Transfer
@@ -119,6 +122,19 @@ def test_steps_are_compared(cli: Cli, spec_file: Path, tmp_path: Path) -> None:
     chosen = {name for name, measured in found["variants"].items() if "chosen" in measured}
     assert chosen == {"kernels", "bp_compiled", "bp_eager", "layer_loop"}
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_process_of_ours_that_ends_is_one_line(spec_file: Path) -> None:
+    spec, key = load_spec(spec_file, overrides=["train.compile=false"]), ("asge_eager", "")
+    with own_process(spec, torch.device("cpu")) as other:
+        assert other.warm_up([key]) == {key: None}
+        assert other.step_seconds(key) > 0
+        (process,) = multiprocessing.active_children()
+        process.kill()
+        with pytest.raises(ZooError, match="has ended; where memory ran out, give a lower --batch-size") as caught:
+            other.step_seconds(key)
+        assert len(str(caught.value).splitlines()) == 1
+    assert multiprocessing.active_children() == []
 
 
 def test_the_floor_is_every_convolution_once(spec_file: Path) -> None:

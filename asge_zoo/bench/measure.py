@@ -28,16 +28,20 @@ def seconds(run: Run, device: torch.device, calls: int = 1) -> float:
     return (time.perf_counter() - started) / calls
 
 
-def rounds(runs: Mapping[Key, Run], count: int, device: torch.device) -> dict[Key, list[float]]:
-    """Seconds of a call in each of `count` rounds, by key; a round runs all in turn, so that what else runs meets all.
+def step_seconds(run: Run, device: torch.device) -> float:
+    """Seconds of a training step.
 
-    On a GPU `GPU_CALLS` in a row, as in training, where the host prepares a step while the GPU does the one before.
+    On a GPU of `GPU_CALLS` in a row, as in training, where the host prepares a step while the GPU does the one before.
     """
-    calls = GPU_CALLS if device.type == "cuda" else 1
-    found: dict[Key, list[float]] = {key: [] for key in runs}
+    return seconds(run, device, GPU_CALLS if device.type == "cuda" else 1)
+
+
+def rounds(timers: Mapping[Key, Callable[[], float]], count: int) -> dict[Key, list[float]]:
+    """What each timer says in each of `count` rounds, by key; a round asks all in turn: what else runs meets all."""
+    found: dict[Key, list[float]] = {key: [] for key in timers}
     for _ in range(count):
-        for key, run in runs.items():
-            found[key].append(seconds(run, device, calls))
+        for key, timer in timers.items():
+            found[key].append(timer())
     return found
 
 
@@ -77,7 +81,7 @@ def process_peak_bytes(run: Run) -> int | None:
     """The most resident memory that the process has during a call beyond what it had before; None off Linux.
 
     A check of `peak_bytes` on the CPU, for what no profiler sees, such as a library's own scratch memory; an upper
-    bound where the process keeps what it has freed, as the command line's do: new maps spread over its holes.
+    bound where the process keeps what it has freed (`memory.keep_freed_memory`): new maps spread over its holes.
     """
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     gc.collect()

@@ -1,24 +1,29 @@
 """`bench SPEC`: a spec's step against what else there is, in one interleaved run."""
 
+import contextlib
 import statistics
+import tempfile
+from functools import partial
 from typing import Any
 
 import torch
-from torch._inductor.utils import clear_caches, fresh_cache
+from torch._inductor.utils import fresh_cache
 
 from asge_zoo.bench.machine import machine
-from asge_zoo.bench.measure import Run, peak_bytes, process_peak_bytes, rounds, seconds
-from asge_zoo.bench.variants import Batch, Variant, random_batch, variants
-from asge_zoo.compiler.check import check_spec, parts
+from asge_zoo.bench.measure import rounds
+from asge_zoo.bench.share import Key, Share, own_process
+from asge_zoo.compiler.check import check_spec
 from asge_zoo.spec import Spec
 
-Key = tuple[str, str]  # a variant and the way that it is run
+AS_TRAINED = ("kernels", "asge_compiled", "asge_eager", "asge_closed_form")  # ours, and the floor that they stand on
 WITHOUT_MEMORY = ("kernels", "asge_cuda_graphs", "bp_cuda_graphs")  # a graph holds its memory between steps
-WARM_UP = 2  # calls of each variant that are not timed, the first of which compiles
 
 
 def bench_spec(spec: Spec, *, device: torch.device, count: int) -> dict[str, Any]:
     """Time and memory of every way to train a spec's network (see `variants`), as JSON values.
+
+    On the CPU what is ours is timed in a process whose memory is set as `train` sets it, and so is the floor; what a
+    user would pick instead, in this one, as it is. Memory is measured in this one.
 
     Args:
         spec: whose network, batch size, precision and optimizer to take.
@@ -35,62 +40,59 @@ def bench_spec(spec: Spec, *, device: torch.device, count: int) -> dict[str, Any
 
     Raises:
         SpecError: the spec's parts do not fit together; names the field.
+        ZooError: the process of ours ended by itself.
     """
     check_spec(spec)
-    batch = random_batch(spec, device)
-    made = variants(spec, batch)
-    runs, compile_seconds = _compiled(made, device)
-    times = rounds(runs, count, device)
-    fastest = {name: min(ways, key=lambda way: statistics.median(times[name, way])) for name, ways in made.items()}
-    own = {name: times[name, way] for name, way in fastest.items()}
-    found: dict[str, Any] = {}
-    for name, way in fastest.items():
-        found[name] = _summary(own[name], batch)
-        found[name] |= {f"of_{base}": _ratio(own[name], own[base]) for base in ("kernels", "bp_compiled")}
-        if len(made[name]) > 1:
-            found[name]["chosen"] = way
-        if name != "kernels":
-            found[name]["compile_seconds"] = compile_seconds[name, way]
-        if name not in WITHOUT_MEMORY:
-            run = runs[name, way]
-            found[name] |= {"peak_bytes": peak_bytes(run, device), "process_peak_bytes": _checked(run, device)}
+    share = Share(spec, device)
+    with tempfile.TemporaryDirectory() as folder, fresh_cache(dir=folder):  # which keeps its own when interrupted
+        times, compile_seconds = _timed(share, spec, count)
+        names = dict.fromkeys(name for name, _ in share.ways)
+        fastest = {name: _fastest(name, times) for name in names}
+        found: dict[str, Any] = {name: _summary(times[key], share.batch_size) for name, key in fastest.items()}
+        for name, key in fastest.items():
+            for base in ("kernels", "bp_compiled"):
+                found[name][f"of_{base}"] = _ratio(times[key], times[fastest[base]])
+            if sum(other == name for other, _ in share.ways) > 1:
+                found[name]["chosen"] = key[1]
+            if name != "kernels":
+                found[name]["compile_seconds"] = compile_seconds[key]
+            if name not in WITHOUT_MEMORY:
+                found[name] |= share.memory(key)
     return {
         "spec": spec.name,
         "variants": found,
-        "batch_size": parts(spec).data.batch_size,
+        "batch_size": share.batch_size,
         "precision": spec.train.precision,
         "rounds": count,
         **machine(device),
     }
 
 
-def _compiled(made: dict[str, Variant], device: torch.device) -> tuple[dict[Key, Run], dict[Key, Any]]:
-    """By variant and way: its step, warm, and the seconds of its first call, with empty caches and with the disk's."""
-    ways = {(name, key): way for name, variant in made.items() for key, way in variant.items()}
-    with fresh_cache():
-        cold = {key: seconds(way.make(), device) for key, way in ways.items() if way.compiles}
-        torch._dynamo.reset()
-        clear_caches()
-        runs = {key: way.make() for key, way in ways.items()}
-        warm = {key: seconds(run, device) for key, run in runs.items()}
-        rounds(runs, WARM_UP - 1, device)
-    return runs, {key: {"cold": cold[key], "warm": warm[key]} if key in cold else None for key in ways}
+def _timed(share: Share, spec: Spec, count: int) -> tuple[dict[Key, list[float]], dict[Key, Any]]:
+    """By variant and way: the seconds of a step in each round, and of its first."""
+    apart = [key for key in share.ways if key[0] in AS_TRAINED and share.device.type == "cpu"]
+    here = [key for key in share.ways if key not in apart]
+    with own_process(spec, share.device) if apart else contextlib.nullcontext(share) as other:
+        compile_seconds = other.warm_up(apart) | share.warm_up(here)
+        owners = {key: other if key in apart else share for key in share.ways}
+        timers = {key: partial(owner.step_seconds, key) for key, owner in owners.items()}
+        return rounds(timers, count), compile_seconds
 
 
-def _summary(times: list[float], batch: Batch) -> dict[str, Any]:
+def _fastest(name: str, times: dict[Key, list[float]]) -> Key:
+    return min((key for key in times if key[0] == name), key=lambda key: statistics.median(times[key]))
+
+
+def _summary(times: list[float], batch_size: int) -> dict[str, Any]:
     median = statistics.median(times)
     return {
         "ms": 1000 * median,
         "lowest_ms": 1000 * min(times),
         "highest_ms": 1000 * max(times),
-        "images_per_second": len(batch.labels) / median,
+        "images_per_second": batch_size / median,
     }
 
 
 def _ratio(times: list[float], others: list[float]) -> float:
     """The median of the rounds' ratios."""
     return statistics.median(mine / theirs for mine, theirs in zip(times, others, strict=True))
-
-
-def _checked(run: Run, device: torch.device) -> int | None:
-    return process_peak_bytes(run) if device.type == "cpu" else None

@@ -4,7 +4,6 @@
 129, 130, 138 and 143 after SIGHUP, SIGINT, SIGUSR1 and SIGTERM.
 """
 
-import ctypes
 import logging
 import os
 import sys
@@ -30,8 +29,7 @@ from asge_zoo.cli.train import train
 from asge_zoo.cli.validate import validate
 from asge_zoo.cli.verify import verify
 from asge_zoo.errors import Stopped, ZooError
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+from asge_zoo.memory import keep_freed_memory
 
 COMMANDS = (
     *(train, evaluate, predict, compare, push, pull, validate, explain, schema),
@@ -80,23 +78,10 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _keep_freed_memory() -> None:
-    """Have torch ask for huge pages, and glibc, where it is, keep what this process frees.
-
-    By default it hands maps of 32 MiB and more back to the kernel, which clears them page by page when the next step
-    asks for them again: 6 % of a step on the CPU.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
-
-
 def main() -> None:
     """Entry point of the console script."""
-    if sys.argv[1:2] != ["bench"]:  # which compares with what others' processes do as well
-        _keep_freed_memory()
+    if sys.argv[1:2] != ["bench"]:  # where that is left to the process which runs what `train` runs
+        keep_freed_memory()
     code = run()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank: torch's teardown of process groups aborts now and then
         sys.stdout.flush()
