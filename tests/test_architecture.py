@@ -15,7 +15,7 @@ LONGEST = 300
 # A module may import from its own room and from rooms to its left (here: further up), not from its neighbours in
 # a line. A name is a folder or a module of the package; the longest that fits a module is its room.
 ORDER = (
-    ("errors", "seeding", "files", "memory", "ranks"),
+    ("errors", "seeding", "files", "process", "ranks"),
     ("plugins",),
     ("registry",),
     ("spec", "scaffold"),

@@ -81,7 +81,7 @@ def process_peak_bytes(run: Run) -> int | None:
     """The most resident memory that the process has during a call beyond what it had before; None off Linux.
 
     A check of `peak_bytes` on the CPU, for what no profiler sees, such as a library's own scratch memory; an upper
-    bound where the process keeps what it has freed (`memory.keep_freed_memory`): new maps spread over its holes.
+    bound where the process keeps what it has freed (`process.keep_freed_memory`): new maps spread over its holes.
     """
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     gc.collect()

@@ -13,7 +13,7 @@ from torch._inductor.utils import clear_caches
 from asge_zoo.bench.measure import Run, peak_bytes, process_peak_bytes, seconds, step_seconds
 from asge_zoo.bench.variants import random_batch, variants
 from asge_zoo.errors import ZooError
-from asge_zoo.memory import keep_freed_memory
+from asge_zoo.process import hush_torch, keep_freed_memory
 from asge_zoo.spec import Spec
 
 Key = tuple[str, str]  # a variant and the way that it is run
@@ -108,6 +108,8 @@ def own_process(spec: Spec, device: torch.device) -> Iterator[OwnProcess]:
     theirs.close()
     try:
         yield OwnProcess(connection)
+        connection.close()  # it ends by itself
+        process.join()
     finally:
         process.kill()
         process.join()
@@ -115,6 +117,7 @@ def own_process(spec: Spec, device: torch.device) -> Iterator[OwnProcess]:
 
 def _serve(connection: Connection, spec: Spec, device: torch.device, threads: int) -> None:
     keep_freed_memory()
+    hush_torch()
     torch.set_num_threads(threads)
     share = Share(spec, device)
     with contextlib.suppress(EOFError, BrokenPipeError):  # whoever asked is gone

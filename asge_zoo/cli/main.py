@@ -4,10 +4,8 @@
 129, 130, 138 and 143 after SIGHUP, SIGINT, SIGUSR1 and SIGTERM.
 """
 
-import logging
 import os
 import sys
-import warnings
 from signal import Signals
 
 import click
@@ -29,7 +27,7 @@ from asge_zoo.cli.train import train
 from asge_zoo.cli.validate import validate
 from asge_zoo.cli.verify import verify
 from asge_zoo.errors import Stopped, ZooError
-from asge_zoo.memory import keep_freed_memory
+from asge_zoo.process import hush_torch, keep_freed_memory
 
 COMMANDS = (
     *(train, evaluate, predict, compare, push, pull, validate, explain, schema),
@@ -49,10 +47,7 @@ for command in COMMANDS:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run one command line; returns its exit code. Errors that a user can act on go to stderr as one line."""
-    # warns wherever there is CUDA's toolkit and no GPU, such as on a cluster's login node
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    # convolutions use it; projections to logits are small, and exact
-    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
+    hush_torch()
     try:
         return cli.main(args=arguments, prog_name="asge-zoo", standalone_mode=False) or 0
     except click.exceptions.NoArgsIsHelpError as error:

@@ -1,8 +1,10 @@
-"""How a process's memory is allocated."""
+"""How a process of the command line is set up."""
 
 import ctypes
+import logging
 import os
 import sys
+import warnings
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -18,3 +20,12 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def hush_torch() -> None:
+    """Leave out torch's warnings of what is as it should be."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its profiler tells when it begins and ends
+    # wherever there is CUDA's toolkit and no GPU, such as on a cluster's login node
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    # convolutions use it; projections to logits are small, and exact
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
