@@ -54,7 +54,8 @@ def bench(spec: str | None, folder: Path | None, startup: bool, as_json: bool, *
     """Measure SPEC's training step beside backpropagation, a loop over layers and the bare convolution kernels.
 
     Each in every round, medians of the rounds; compilation starts from empty caches. Data is random, of the spec's
-    shapes. With --data the two loaders of pictures are compared, on a .beton in a temporary folder; with --startup
+    shapes. On the CPU our own steps run in a process whose memory is set as train's is, and the others in an ordinary
+    one. With --data the two loaders of pictures are compared, on a .beton in a temporary folder; with --startup
     commands are timed.
     """
     given = {"SPEC": spec is not None, "--data": folder is not None, "--startup": startup}
