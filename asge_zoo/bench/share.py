@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -17,6 +18,7 @@ from asge_zoo.process import hush_torch, keep_freed_memory
 from asge_zoo.spec import Spec
 
 Key = tuple[str, str]  # a variant and the way that it is run
+PATIENCE = 5.0  # seconds for a process to end
 WARM_UP = 2  # calls of each variant that are not timed, the first of which compiles
 
 
@@ -111,11 +113,14 @@ def own_process(spec: Spec, device: torch.device) -> Iterator[OwnProcess]:
         connection.close()  # it ends by itself
         process.join()
     finally:
+        process.terminate()
+        process.join(PATIENCE)
         process.kill()
         process.join()
 
 
 def _serve(connection: Connection, spec: Spec, device: torch.device, threads: int) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # in order: what holds semaphores gives them back
     keep_freed_memory()
     hush_torch()
     torch.set_num_threads(threads)
