@@ -27,15 +27,13 @@ class Share:
 
     Attributes:
         batch_size: images in a step.
-        ways: of every variant there is, by key, whether it compiles; none has been built.
+        variants: all there are, see `bench.variants.variants`; none has been built.
     """
 
     def __init__(self, spec: Spec, device: torch.device) -> None:
         batch = random_batch(spec, device)
         self.device, self.batch_size = device, len(batch.labels)
-        self.ways = {
-            (name, key): way for name, variant in variants(spec, batch).items() for key, way in variant.items()
-        }
+        self.variants = variants(spec, batch)
         self._runs: dict[Key, Run] = {}
 
     def warm_up(self, keys: Iterable[Key]) -> dict[Key, dict[str, float] | None]:
@@ -43,7 +41,7 @@ class Share:
 
         None for what does not compile. The caches on disk have to be empty.
         """
-        ways = {key: self.ways[key] for key in keys}
+        ways = {(name, key): self.variants[name][key] for name, key in keys}
         cold = {key: seconds(way.make(), self.device) for key, way in ways.items() if way.compiles}
         torch._dynamo.reset()
         clear_caches()
@@ -63,7 +61,8 @@ class Share:
         return {"peak_bytes": peak_bytes(run, self.device), "process_peak_bytes": checked}
 
     def _build(self, key: Key) -> float:
-        run = self._runs[key] = self.ways[key].make()
+        name, way = key
+        run = self._runs[key] = self.variants[name][way].make()
         first = seconds(run, self.device)
         for _ in range(WARM_UP - 1):
             step_seconds(run, self.device)
@@ -110,13 +109,12 @@ def own_process(spec: Spec, device: torch.device) -> Iterator[OwnProcess]:
     theirs.close()
     try:
         yield OwnProcess(connection)
-        connection.close()  # it ends by itself
-        process.join()
     finally:
         process.terminate()
         process.join(PATIENCE)
         process.kill()
         process.join()
+        connection.close()
 
 
 def _serve(connection: Connection, spec: Spec, device: torch.device, threads: int) -> None:

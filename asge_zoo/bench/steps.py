@@ -46,18 +46,21 @@ def bench_spec(spec: Spec, *, device: torch.device, count: int) -> dict[str, Any
     share = Share(spec, device)
     with tempfile.TemporaryDirectory() as folder, fresh_cache(dir=folder):  # which keeps its own when interrupted
         times, compile_seconds = _timed(share, spec, count)
-        names = dict.fromkeys(name for name, _ in share.ways)
-        fastest = {name: _fastest(name, times) for name in names}
-        found: dict[str, Any] = {name: _summary(times[key], share.batch_size) for name, key in fastest.items()}
-        for name, key in fastest.items():
-            for base in ("kernels", "bp_compiled"):
-                found[name][f"of_{base}"] = _ratio(times[key], times[fastest[base]])
-            if sum(other == name for other, _ in share.ways) > 1:
-                found[name]["chosen"] = key[1]
+        fastest = {
+            name: min(ways, key=lambda way: statistics.median(times[name, way]))
+            for name, ways in share.variants.items()
+        }
+        own = {name: times[name, way] for name, way in fastest.items()}
+        found: dict[str, Any] = {}
+        for name, way in fastest.items():
+            found[name] = _summary(own[name], share.batch_size)
+            found[name] |= {f"of_{base}": _ratio(own[name], own[base]) for base in ("kernels", "bp_compiled")}
+            if len(share.variants[name]) > 1:
+                found[name]["chosen"] = way
             if name != "kernels":
-                found[name]["compile_seconds"] = compile_seconds[key]
+                found[name]["compile_seconds"] = compile_seconds[name, way]
             if name not in WITHOUT_MEMORY:
-                found[name] |= share.memory(key)
+                found[name] |= share.memory((name, way))
     return {
         "spec": spec.name,
         "variants": found,
@@ -70,17 +73,14 @@ def bench_spec(spec: Spec, *, device: torch.device, count: int) -> dict[str, Any
 
 def _timed(share: Share, spec: Spec, count: int) -> tuple[dict[Key, list[float]], dict[Key, Any]]:
     """By variant and way: the seconds of a step in each round, and of its first."""
-    apart = [key for key in share.ways if key[0] in AS_TRAINED and share.device.type == "cpu"]
-    here = [key for key in share.ways if key not in apart]
+    keys = [(name, way) for name, ways in share.variants.items() for way in ways]
+    apart = [key for key in keys if key[0] in AS_TRAINED and share.device.type == "cpu"]
+    here = [key for key in keys if key not in apart]
     with own_process(spec, share.device) if apart else contextlib.nullcontext(share) as other:
         compile_seconds = other.warm_up(apart) | share.warm_up(here)
-        owners = {key: other if key in apart else share for key in share.ways}
+        owners = {key: other if key in apart else share for key in keys}
         timers = {key: partial(owner.step_seconds, key) for key, owner in owners.items()}
         return rounds(timers, count), compile_seconds
-
-
-def _fastest(name: str, times: dict[Key, list[float]]) -> Key:
-    return min((key for key in times if key[0] == name), key=lambda key: statistics.median(times[key]))
 
 
 def _summary(times: list[float], batch_size: int) -> dict[str, Any]:
