@@ -1,6 +1,7 @@
 """How a process of the command line is set up."""
 
 import ctypes
+import gc
 import logging
 import os
 import sys
@@ -20,6 +21,15 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def collect_garbage_rarely() -> None:
+    """Have Python look for cycles after 10,000 new objects instead of 700.
+
+    What torch imports makes hundreds of thousands, none of them garbage, and looking at them takes a sixth of the time
+    until a run's first step.
+    """
+    gc.set_threshold(10_000)
 
 
 def hush_torch() -> None:

@@ -8,16 +8,20 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from kill_and_resume import contents
 from tiny import tiny_spec
 
 from asge_zoo import registry
 from asge_zoo.cli.main import run
-from asge_zoo.engine import result as results
+from asge_zoo.engine import plots
 from asge_zoo.engine import train as engine
 from asge_zoo.engine.result import RunResult
 from asge_zoo.engine.train import train
+from asge_zoo.process import collect_garbage_rarely
 from asge_zoo.registry import ROOMS, components
 from asge_zoo.spec import Spec
+
+collect_garbage_rarely()  # as the command line does
 
 
 class Said(NamedTuple):
@@ -45,6 +49,15 @@ def torch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def without_pictures() -> Iterator[None]:
+    """No run within draws pictures, which take as long as a short training."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("plot_curves", "plot_units"):
+            patch.setattr(plots, name, lambda *_, **__: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +90,19 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
 
 
 @pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out the pictures, which take as long as so short a training."""
-    monkeypatch.setattr(results, "plot_curves", lambda *_, **__: None)
-    monkeypatch.setattr(results, "plot_units", lambda *_, **__: None)
+def no_pictures() -> Iterator[None]:
+    """Leaves out the pictures."""
+    with without_pictures():
+        yield
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two epochs of the tiny spec come to, without pictures."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    with torch_threads(1), without_pictures():
+        train(tiny_spec("train.epochs=2"), run_dir=folder, device="cpu")
+    return contents(folder)
 
 
 @pytest.fixture

@@ -34,7 +34,8 @@ from tiny import TINY, tiny_spec
 from asge_zoo.cli.main import run
 from asge_zoo.compiler.build import compile_spec
 from asge_zoo.compiler.check import parts
-from asge_zoo.engine import train as engine  # noqa: F401 (every fork has it, with all that it imports)
+from asge_zoo.engine import plots  # noqa: F401 (every fork has it, with all that it imports)
+from asge_zoo.engine import train as engine  # noqa: F401
 
 DIGITS = ("vgg8_digits", "--set", "train.epochs=5")
 EAGER = ("--set", "train.compile=false")

@@ -1,6 +1,6 @@
-"""Steps of a spec's network by SGD on each rank's part of the same batches; started by torchrun, or alone.
+"""Steps of specs' networks by SGD on each rank's part of the same batches; started by torchrun, or alone.
 
-What it comes to, weights and running statistics, goes to a safetensors file.
+What each comes to, weights and running statistics, goes to a safetensors file.
 """
 
 import argparse
@@ -55,16 +55,17 @@ def take_steps(
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("spec", type=json.loads)
-    parser.add_argument("file", type=Path)
+    parser.add_argument("specs", type=json.loads, help="by name")
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--double", action="store_true")
     given = parser.parse_args()
     with joined_ranks() as ranks:
         options = {"steps": given.steps, "batch_size": given.batch_size, "double": given.double}
-        state = take_steps(load_spec(given.spec), shards=[ranks.shard], **options)
-        safetensors.torch.save_file(state, f"{given.file}.{ranks.shard.rank}")
+        for name, spec in given.specs.items():
+            state = take_steps(load_spec(spec), shards=[ranks.shard], **options)
+            safetensors.torch.save_file(state, given.folder / f"{name}.{ranks.shard.rank}")
 
 
 if __name__ == "__main__":

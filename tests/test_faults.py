@@ -21,11 +21,10 @@ import torch
 from conftest import Said
 from fuzz_checkpoints import broken_run, fuzz, with_fitting_manifest
 from kill_and_resume import contents, differences
-from tiny import TINY, tiny_spec
+from tiny import TINY
 
 from asge_zoo.engine import train as engine
 from asge_zoo.engine.checkpoint import check_files
-from asge_zoo.engine.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
 
@@ -41,14 +40,6 @@ def spec_file(tmp_path: Path) -> Path:
     file = tmp_path / "tiny.json"
     file.write_text(TWO_EPOCHS)
     return file
-
-
-@pytest.fixture
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What those come to."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    train(tiny_spec("train.epochs=2"), run_dir=folder, device="cpu")
-    return contents(folder)
 
 
 @pytest.fixture(scope="module")
@@ -96,15 +87,15 @@ def mounted(folder: Path, *options: str) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def assert_saved_and_resumes(folder: Path, spec: Path, whole: dict[str, Any], cli: Cli) -> None:
+def assert_saved_and_resumes(folder: Path, spec: Path, unbroken: dict[str, Any], cli: Cli) -> None:
     """The first epoch's checkpoint is whole, and the run goes on to the end of the unbroken one."""
     assert check_files(folder / "checkpoints" / "epoch-0001") == []
     assert not list(folder.rglob(".tmp-*"))
     assert cli(*resume_line(spec, folder)).code == 0
-    assert differences(whole, contents(folder)) == []
+    assert differences(unbroken, contents(folder)) == []
 
 
-def test_a_full_disk(spec_file: Path, tmp_path: Path, whole: dict[str, Any], at_step: Callable, cli: Cli) -> None:
+def test_a_full_disk(spec_file: Path, tmp_path: Path, unbroken: dict[str, Any], at_step: Callable, cli: Cli) -> None:
     disk, filler = tmp_path / "disk", tmp_path / "disk" / "filler"
     disk.mkdir()
     with mounted(disk, "-t", "tmpfs", "-o", "size=4m", "tmpfs"):
@@ -119,7 +110,7 @@ def test_a_full_disk(spec_file: Path, tmp_path: Path, whole: dict[str, Any], at_
         assert_one_line(said, f"{disk / 'run'}/", "No space left on device")
         assert "make room on the disk, then go on with `asge-zoo train" in said.err
         filler.unlink()
-        assert_saved_and_resumes(disk / "run", spec_file, whole, cli)
+        assert_saved_and_resumes(disk / "run", spec_file, unbroken, cli)
 
 
 @pytest.fixture
@@ -131,7 +122,7 @@ def size_limit() -> Iterator[Callable[[int], None]]:
 
 
 def test_a_file_size_limit(
-    spec_file: Path, tmp_path: Path, whole: dict[str, Any], at_step: Callable, cli: Cli, size_limit: Callable
+    spec_file: Path, tmp_path: Path, unbroken: dict[str, Any], at_step: Callable, cli: Cli, size_limit: Callable
 ) -> None:
     folder = tmp_path / "run"
     at_step(STEPS + 2, lambda: size_limit(8192))
@@ -139,11 +130,11 @@ def test_a_file_size_limit(
     size_limit(resource.RLIM_INFINITY)
     assert_one_line(said, f"{folder}/checkpoints/epoch-0002/model.safetensors: can't be written (File too large)")
     assert "raise the file-size limit (ulimit -f), then go on with" in said.err
-    assert_saved_and_resumes(folder, spec_file, whole, cli)
+    assert_saved_and_resumes(folder, spec_file, unbroken, cli)
 
 
 def test_a_read_only_directory(
-    spec_file: Path, tmp_path: Path, whole: dict[str, Any], at_step: Callable, cli: Cli
+    spec_file: Path, tmp_path: Path, unbroken: dict[str, Any], at_step: Callable, cli: Cli
 ) -> None:
     folder = tmp_path / "run"
     with contextlib.ExitStack() as mounts:
@@ -158,7 +149,7 @@ def test_a_read_only_directory(
         before = contents(folder)
         assert_one_line(cli(*resume_line(spec_file, folder)), str(folder), "Read-only file system", "writable")
         assert contents(folder) == before
-    assert_saved_and_resumes(folder, spec_file, whole, cli)
+    assert_saved_and_resumes(folder, spec_file, unbroken, cli)
 
 
 @pytest.mark.parametrize("what", [".", "checkpoints"])
@@ -170,13 +161,13 @@ def test_a_directory_removed_under_way(what: str, spec_file: Path, tmp_path: Pat
 
 
 def test_a_directory_moved_under_way_can_be_put_back(
-    spec_file: Path, tmp_path: Path, whole: dict[str, Any], at_step: Callable, cli: Cli
+    spec_file: Path, tmp_path: Path, unbroken: dict[str, Any], at_step: Callable, cli: Cli
 ) -> None:
     folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     at_step(STEPS + 2, lambda: folder.rename(elsewhere))
     assert_one_line(cli(*start_line(spec_file, folder)), f"{folder}/", "put back")
     elsewhere.rename(folder)
-    assert_saved_and_resumes(folder, spec_file, whole, cli)
+    assert_saved_and_resumes(folder, spec_file, unbroken, cli)
 
 
 @pytest.fixture

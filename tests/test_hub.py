@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import olah
 import pytest
 import torch
-from conftest import Said, TrainedRun, torch_threads
+from conftest import Said, TrainedRun, torch_threads, without_pictures
 from hub_cli import PROCESSES, User, all_bytes, model_files, new_hub, together
 from hub_server import Hub, running
 from huggingface_hub import ModelCard, ModelCardData
@@ -19,7 +19,6 @@ from PIL import Image
 from tiny import TINY
 
 from asge_zoo import load
-from asge_zoo.engine import result as results
 from asge_zoo.engine.run_dir import ENVIRONMENT
 from asge_zoo.engine.train import train
 from asge_zoo.hub.models import described, load_model
@@ -69,9 +68,7 @@ def runs(trained: TrainedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of finished runs, and of some that are not."""
     folder = tmp_path_factory.mktemp("runs")
     shutil.copytree(trained.folder, folder / "fusion", symlinks=True)
-    with torch_threads(1), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, "plot_curves", lambda *_, **__: None)  # they take as long as so short a training
-        patch.setattr(results, "plot_units", lambda *_, **__: None)
+    with torch_threads(1), without_pictures():
         for name, changes in SPECS.items():
             train(load_spec({**TINY, "name": name, **changes}), run_dir=folder / name, device="cpu")
     for name in ("better", "unfinished", "seeds/seed-0"):

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import torch_threads
+from conftest import torch_threads, without_pictures
 from hub_cli import User, all_bytes, finish, model_files, new_hub, together
 from hub_server import Hub, Record, running
 from tiny import tiny_spec
 
-from asge_zoo.engine import result as results
 from asge_zoo.engine.train import train
 from asge_zoo.hub.prepare import prepare
 from asge_zoo.hub.published import CARD
@@ -57,9 +56,7 @@ class Model:
 
 def make_model(folder: Path) -> Model:
     """A run without pictures, which takes the place of a model with some."""
-    with torch_threads(1), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, "plot_curves", lambda *_, **__: None)
-        patch.setattr(results, "plot_units", lambda *_, **__: None)
+    with torch_threads(1), without_pictures():
         train(tiny_spec(), run_dir=folder / "run", device="cpu")
     new = prepare(folder / "run", REPOSITORY, evaluated=False)
     old = {name: content[::-1] for name, content in new.items()}

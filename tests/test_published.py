@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import Said, torch_threads
+from conftest import Said, torch_threads, without_pictures
 from fuzz_published import PHOTOS, become, fit, forge, joined, publish, split
 from tiny import tiny_spec
 from torch import Tensor
 
 from asge_zoo.compiler.check import parts
-from asge_zoo.engine import result as results
 from asge_zoo.engine.checkpoint import pack
 from asge_zoo.engine.loading import find_checkpoint, load_checkpoint
 from asge_zoo.errors import CheckpointError, SpecError, ZooError
@@ -44,13 +43,12 @@ KINDS = {
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A published model of each kind, measured; its run lies beside it. Not to be changed: take `copy`."""
     folder = tmp_path_factory.mktemp("models")
-    with torch_threads(1), pytest.MonkeyPatch.context() as patch:
+    with torch_threads(1):
         found = {"fusion": publish(folder / "fusion", evaluated=True)}
-        for name in ("plot_curves", "plot_units"):  # one model with pictures will do
-            patch.setattr(results, name, lambda *_, **__: None)
-        return found | {
-            kind: publish(folder / kind, *KINDS[kind], evaluated=True) for kind in KINDS if kind != "fusion"
-        }
+        with without_pictures():  # one model with them will do
+            return found | {
+                kind: publish(folder / kind, *KINDS[kind], evaluated=True) for kind in KINDS if kind != "fusion"
+            }
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ VGG: dict[str, Any] = {
 }
 RESNET = {**VGG, "backbone": {"kind": "timm", "name": "resnet18", "width": 0.125, "stem": "cifar", "norm": "spec"}}
 BATCH_NORM = {**RESNET, "backbone": {**RESNET["backbone"], "norm": "keep"}}
+COMPILED_VGG, COMPILED_RESNET = ({**spec, "train": {"compile": True}} for spec in (VGG, RESNET))
 BP = {**VGG, "rule": {"kind": "bp"}, "prediction": {"kind": "last"}}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -47,13 +48,33 @@ STEPWISE = (*SHORT, "--set", "train.checkpoint.every_steps=10")
 # Equality.
 
 
-def on_ranks(world_size: int, spec: dict[str, Any], folder: Path, *options: str) -> list[dict[str, Tensor]]:
-    """What thirty steps came to on each rank."""
+def on_ranks(
+    world_size: int, specs: dict[str, dict[str, Any]], folder: Path, *options: str
+) -> dict[str, list[dict[str, Tensor]]]:
+    """What thirty steps of each spec came to on each rank; one job, as its start takes longer than they do."""
     script = str(Path(__file__).with_name("steps_on_ranks.py"))
-    line = [*TORCHRUN, f"--nproc-per-node={world_size}", script, json.dumps(spec), str(folder / "state"), *options]
+    line = [*TORCHRUN, f"--nproc-per-node={world_size}", script, json.dumps(specs), str(folder), *options]
     given = [*line, "--steps=30", f"--batch-size={BATCH}"]
     subprocess.run(given, check=True, timeout=500, capture_output=True, env=QUIET)
-    return [safetensors.torch.load_file(folder / f"state.{rank}") for rank in range(world_size)]
+    ranks = range(world_size)
+    return {name: [safetensors.torch.load_file(folder / f"{name}.{rank}") for rank in ranks] for name in specs}
+
+
+@pytest.fixture(scope="module")
+def doubles(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], list[dict[str, Tensor]]]:
+    """States on each rank in float64, eager, by spec and number of ranks."""
+    on_two = {"vgg11": VGG, "resnet18": RESNET, "bp": BP, "batch norm": BATCH_NORM}
+    return {
+        (name, world_size): states
+        for world_size, specs in ((2, on_two), (3, {"vgg11": VGG}))
+        for name, states in on_ranks(world_size, specs, tmp_path_factory.mktemp("states"), "--double").items()
+    }
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Tensor]]]:
+    """States on each of two ranks in float32, compiled, by spec."""
+    return on_ranks(2, {"vgg11": COMPILED_VGG, "resnet18": COMPILED_RESNET}, tmp_path_factory.mktemp("states"))
 
 
 def furthest(state: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -64,22 +85,24 @@ def furthest(state: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("spec", "world_size"),
-    [(VGG, 2), (VGG, 3), (RESNET, 2), (BP, 2)],
-    ids=["vgg11-2", "vgg11-3", "resnet18-2", "bp-2"],
+    ("name", "spec", "world_size"), [("vgg11", VGG, 2), ("vgg11", VGG, 3), ("resnet18", RESNET, 2), ("bp", BP, 2)]
 )
-def test_ranks_equal_one_rank(spec: dict[str, Any], world_size: int, tmp_path: Path) -> None:
+def test_ranks_equal_one_rank(
+    name: str, spec: dict[str, Any], world_size: int, doubles: dict[tuple[str, int], list[dict[str, Tensor]]]
+) -> None:
     """In float64, eager; the ranks themselves agree bitwise."""
-    states = on_ranks(world_size, spec, tmp_path, "--double")
+    states = doubles[name, world_size]
     alone = take_steps(load_spec(spec), steps=30, batch_size=BATCH, double=True, shards=[ALONE])
     assert furthest(states[0], alone) < 1e-10
     for state in states[1:]:
         assert all(torch.equal(state[name], states[0][name]) for name in state)
 
 
-def test_batch_norm_stays_per_rank_and_running_statistics_are_their_mean(tmp_path: Path) -> None:
+def test_batch_norm_stays_per_rank_and_running_statistics_are_their_mean(
+    doubles: dict[tuple[str, int], list[dict[str, Tensor]]],
+) -> None:
     """Two ranks equal the mean over the same half batches in one process."""
-    states = on_ranks(2, BATCH_NORM, tmp_path, "--double")
+    states = doubles["batch norm", 2]
     halves = [Shard(0, 2), Shard(1, 2)]
     alone = take_steps(load_spec(BATCH_NORM), steps=30, batch_size=BATCH, double=True, shards=halves)
     assert furthest(states[0], alone) < 1e-10 and furthest(states[1], alone) < 1e-10
@@ -87,12 +110,13 @@ def test_batch_norm_stays_per_rank_and_running_statistics_are_their_mean(tmp_pat
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("spec", [VGG, RESNET], ids=["vgg11", "resnet18"])
-def test_compiled_ranks_equal_one_rank(spec: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "spec"), [("vgg11", COMPILED_VGG), ("resnet18", COMPILED_RESNET)])
+def test_compiled_ranks_equal_one_rank(
+    name: str, spec: dict[str, Any], compiled: dict[str, list[dict[str, Tensor]]]
+) -> None:
     """In float32; the reduction is part of the graph: `fullgraph=True` would refuse to leave it out."""
-    compiled = {**spec, "train": {"compile": True}}
-    states = on_ranks(2, compiled, tmp_path)
-    alone = take_steps(load_spec(compiled), steps=30, batch_size=BATCH, double=False, shards=[ALONE])
+    states = compiled[name]
+    alone = take_steps(load_spec(spec), steps=30, batch_size=BATCH, double=False, shards=[ALONE])
     assert furthest(states[0], alone) < 1e-5 and furthest(states[1], states[0]) == 0
 
 

@@ -14,7 +14,7 @@ from torch._inductor.utils import clear_caches
 from asge_zoo.bench.measure import Run, peak_bytes, process_peak_bytes, seconds, step_seconds
 from asge_zoo.bench.variants import random_batch, variants
 from asge_zoo.errors import ZooError
-from asge_zoo.process import hush_torch, keep_freed_memory
+from asge_zoo.process import collect_garbage_rarely, hush_torch, keep_freed_memory
 from asge_zoo.spec import Spec
 
 Key = tuple[str, str]  # a variant and the way that it is run
@@ -119,6 +119,7 @@ def own_process(spec: Spec, device: torch.device) -> Iterator[OwnProcess]:
 
 def _serve(connection: Connection, spec: Spec, device: torch.device, threads: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # in order: what holds semaphores gives them back
+    collect_garbage_rarely()
     keep_freed_memory()
     hush_torch()
     torch.set_num_threads(threads)

@@ -27,7 +27,7 @@ from asge_zoo.cli.train import train
 from asge_zoo.cli.validate import validate
 from asge_zoo.cli.verify import verify
 from asge_zoo.errors import Stopped, ZooError
-from asge_zoo.process import hush_torch, keep_freed_memory
+from asge_zoo.process import collect_garbage_rarely, hush_torch, keep_freed_memory
 
 COMMANDS = (
     *(train, evaluate, predict, compare, push, pull, validate, explain, schema),
@@ -75,6 +75,7 @@ def _fail(message: str, code: int) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
+    collect_garbage_rarely()
     if sys.argv[1:2] != ["bench"]:  # where that is left to the process which runs what `train` runs
         keep_freed_memory()
     code = run()

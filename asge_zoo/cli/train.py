@@ -37,7 +37,6 @@ def train(
 ) -> int:
     """Train SPEC (a JSON file, or the name of a shipped spec) and test its best checkpoint."""
     from asge_zoo.engine.parallel import launch, one_voice
-    from asge_zoo.engine.train import train as train_spec
     from asge_zoo.ranks import is_first
     from asge_zoo.spec import load_spec
 
@@ -48,6 +47,8 @@ def train(
         sets = [part for override in overrides for part in ("--set", override)]
         flags = ["--resume"] * resume + ["--json"] * as_json
         return launch(nproc, ["train", spec, *sets, *options, *flags], device)
+    from asge_zoo.engine.train import train as train_spec  # which a launcher does not need
+
     try:
         with one_voice():
             loaded = load_spec(spec, overrides=overrides)

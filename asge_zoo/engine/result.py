@@ -10,7 +10,6 @@ from typing import Any
 from asge_zoo.data.base import Loader
 from asge_zoo.engine.checkpoint import CHECKPOINTS, checkpoint_name
 from asge_zoo.engine.loading import load_checkpoint
-from asge_zoo.engine.plots import plot_curves, plot_units
 from asge_zoo.engine.run_dir import CURVES, RESULT, UNITS
 from asge_zoo.engine.state import TrainState
 from asge_zoo.evaluate import evaluate
@@ -70,9 +69,11 @@ def test_best(folder: Path, state: TrainState, loader: Loader) -> RunResult:
         unit_test_accuracy=test.unit_accuracy,
     )
     if ranks.first:
-        plot_curves(state.records, folder / CURVES, title=spec.name)
+        from asge_zoo.engine import plots  # takes matplotlib, half a second to import, which most processes don't need
+
+        plots.plot_curves(state.records, folder / CURVES, title=spec.name)
         if test.unit_accuracy:
-            plot_units(best, [unit.name for unit in graph.units], folder / UNITS, title=spec.name)
+            plots.plot_units(best, [unit.name for unit in graph.units], folder / UNITS, title=spec.name)
         write_file(folder / RESULT, json_bytes(result.to_json()))
     return ranks.share(result)
 
