@@ -31,12 +31,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import without_pictures
 from tiny import tiny_spec
 from torch import Tensor
 
 from asge_zoo.compiler.build import compile_spec
 from asge_zoo.compiler.check import parts
-from asge_zoo.engine import plots
 from asge_zoo.engine.checkpoint import pack
 from asge_zoo.engine.train import train
 from asge_zoo.errors import ZooError
@@ -442,9 +442,8 @@ class Fuzzer:
 
     def __init__(self, work: Path) -> None:
         self.work, self.report = work, FuzzReport()
-        for name in ("plot_curves", "plot_units"):  # which take as long as the training
-            setattr(plots, name, lambda *_, **__: None)
-        self.bases = [publish(work / name, *overrides) for name, overrides in BASES.items()]
+        with without_pictures():
+            self.bases = [publish(work / name, *overrides) for name, overrides in BASES.items()]
         self.bases.append(Path(shutil.copytree(self.bases[0], work / "photos")))
         become(self.bases[-1], load_spec(PHOTOS))
         self.right = [_answer(base) for base in self.bases]

@@ -34,11 +34,14 @@ VGG: dict[str, Any] = {
 }
 RESNET = {**VGG, "backbone": {"kind": "timm", "name": "resnet18", "width": 0.125, "stem": "cifar", "norm": "spec"}}
 BATCH_NORM = {**RESNET, "backbone": {**RESNET["backbone"], "norm": "keep"}}
-COMPILED_VGG, COMPILED_RESNET = ({**spec, "train": {"compile": True}} for spec in (VGG, RESNET))
 BP = {**VGG, "rule": {"kind": "bp"}, "prediction": {"kind": "last"}}
+SPECS = {"vgg11": VGG, "resnet18": RESNET, "bp": BP, "batch norm": BATCH_NORM}
+COMPILED = {name: {**SPECS[name], "train": {"compile": True}} for name in ("vgg11", "resnet18")}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1"}
 LIMIT = 60  # seconds in which any fault must have ended the job
+
+States = list[dict[str, Tensor]]  # weights and running statistics, by rank
 
 FIELDS = ("train.epochs=4", "train.compile=false", "data.validation=181", "backbone.width=0.0625")
 SHORT = ("vgg8_digits", *(part for field in FIELDS for part in ("--set", field)))
@@ -48,10 +51,8 @@ STEPWISE = (*SHORT, "--set", "train.checkpoint.every_steps=10")
 # Equality.
 
 
-def on_ranks(
-    world_size: int, specs: dict[str, dict[str, Any]], folder: Path, *options: str
-) -> dict[str, list[dict[str, Tensor]]]:
-    """What thirty steps of each spec came to on each rank; one job, as its start takes longer than they do."""
+def on_ranks(world_size: int, specs: dict[str, Any], folder: Path, *options: str) -> dict[str, States]:
+    """What thirty steps of each spec came to; in one job, as its start takes longer than they do."""
     script = str(Path(__file__).with_name("steps_on_ranks.py"))
     line = [*TORCHRUN, f"--nproc-per-node={world_size}", script, json.dumps(specs), str(folder), *options]
     given = [*line, "--steps=30", f"--batch-size={BATCH}"]
@@ -61,20 +62,16 @@ def on_ranks(
 
 
 @pytest.fixture(scope="module")
-def doubles(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], list[dict[str, Tensor]]]:
-    """States on each rank in float64, eager, by spec and number of ranks."""
-    on_two = {"vgg11": VGG, "resnet18": RESNET, "bp": BP, "batch norm": BATCH_NORM}
-    return {
-        (name, world_size): states
-        for world_size, specs in ((2, on_two), (3, {"vgg11": VGG}))
-        for name, states in on_ranks(world_size, specs, tmp_path_factory.mktemp("states"), "--double").items()
-    }
+def doubles(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, States]]:
+    """In float64, eager, by number of ranks."""
+    jobs = {2: SPECS, 3: {"vgg11": VGG}}
+    return {ranks: on_ranks(ranks, jobs[ranks], tmp_path_factory.mktemp("states"), "--double") for ranks in jobs}
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Tensor]]]:
-    """States on each of two ranks in float32, compiled, by spec."""
-    return on_ranks(2, {"vgg11": COMPILED_VGG, "resnet18": COMPILED_RESNET}, tmp_path_factory.mktemp("states"))
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, States]:
+    """In float32, compiled, on two ranks."""
+    return on_ranks(2, COMPILED, tmp_path_factory.mktemp("states"))
 
 
 def furthest(state: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -84,25 +81,19 @@ def furthest(state: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(float((state[name] - other[name]).norm() / other[name].norm().clamp(min=1e-30)) for name in floating)
 
 
-@pytest.mark.parametrize(
-    ("name", "spec", "world_size"), [("vgg11", VGG, 2), ("vgg11", VGG, 3), ("resnet18", RESNET, 2), ("bp", BP, 2)]
-)
-def test_ranks_equal_one_rank(
-    name: str, spec: dict[str, Any], world_size: int, doubles: dict[tuple[str, int], list[dict[str, Tensor]]]
-) -> None:
+@pytest.mark.parametrize(("name", "world_size"), [("vgg11", 2), ("vgg11", 3), ("resnet18", 2), ("bp", 2)])
+def test_ranks_equal_one_rank(name: str, world_size: int, doubles: dict[int, dict[str, States]]) -> None:
     """In float64, eager; the ranks themselves agree bitwise."""
-    states = doubles[name, world_size]
-    alone = take_steps(load_spec(spec), steps=30, batch_size=BATCH, double=True, shards=[ALONE])
+    states = doubles[world_size][name]
+    alone = take_steps(load_spec(SPECS[name]), steps=30, batch_size=BATCH, double=True, shards=[ALONE])
     assert furthest(states[0], alone) < 1e-10
     for state in states[1:]:
         assert all(torch.equal(state[name], states[0][name]) for name in state)
 
 
-def test_batch_norm_stays_per_rank_and_running_statistics_are_their_mean(
-    doubles: dict[tuple[str, int], list[dict[str, Tensor]]],
-) -> None:
+def test_batch_norm_stays_per_rank_and_running_statistics_are_their_mean(doubles: dict[int, dict[str, States]]) -> None:
     """Two ranks equal the mean over the same half batches in one process."""
-    states = doubles["batch norm", 2]
+    states = doubles[2]["batch norm"]
     halves = [Shard(0, 2), Shard(1, 2)]
     alone = take_steps(load_spec(BATCH_NORM), steps=30, batch_size=BATCH, double=True, shards=halves)
     assert furthest(states[0], alone) < 1e-10 and furthest(states[1], alone) < 1e-10
@@ -110,13 +101,11 @@ def test_batch_norm_stays_per_rank_and_running_statistics_are_their_mean(
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize(("name", "spec"), [("vgg11", COMPILED_VGG), ("resnet18", COMPILED_RESNET)])
-def test_compiled_ranks_equal_one_rank(
-    name: str, spec: dict[str, Any], compiled: dict[str, list[dict[str, Tensor]]]
-) -> None:
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_ranks_equal_one_rank(name: str, compiled: dict[str, States]) -> None:
     """In float32; the reduction is part of the graph: `fullgraph=True` would refuse to leave it out."""
     states = compiled[name]
-    alone = take_steps(load_spec(spec), steps=30, batch_size=BATCH, double=False, shards=[ALONE])
+    alone = take_steps(load_spec(COMPILED[name]), steps=30, batch_size=BATCH, double=False, shards=[ALONE])
     assert furthest(states[0], alone) < 1e-5 and furthest(states[1], states[0]) == 0
 
 
