@@ -14,6 +14,7 @@ Every run is a process of its own, forked from this one, which has loaded torch:
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import multiprocessing
@@ -34,8 +35,6 @@ from tiny import TINY, tiny_spec
 from asge_zoo.cli.main import run
 from asge_zoo.compiler.build import compile_spec
 from asge_zoo.compiler.check import parts
-from asge_zoo.engine import plots  # noqa: F401 (every fork has it, with all that it imports)
-from asge_zoo.engine import train as engine  # noqa: F401
 
 DIGITS = ("vgg8_digits", "--set", "train.epochs=5")
 EAGER = ("--set", "train.compile=false")
@@ -204,6 +203,8 @@ def main() -> int:
     options = parser.parse_args()
     if torch.get_num_threads() != 1:
         parser.error("set OMP_NUM_THREADS=1")
+    for name in ("train", "plots"):  # every fork has them, with all that they import
+        importlib.import_module(f"asge_zoo.engine.{name}")
     compile_spec(tiny_spec())  # what torch and scikit-learn import on first use, every fork has, too
     parts(tiny_spec()).data.loader(Path(), seed=0, device=torch.device("cpu"))
     failed = False
